@@ -1,0 +1,51 @@
+"""The mark on a module that stands where a convolution stood: which edit put it there, and what stood there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from convrewrite.sites import ConvSpec
+
+_ATTRIBUTE = "_convrewrite_stand"
+_INSERTED = "_convrewrite_inserted"
+
+
+@dataclass(frozen=True)
+class Stand:
+    """What a rewritten site was.
+
+    Attributes:
+        edit: id of the edit. rule: "file/rule". block: registry name of what stands there now.
+        conv: the convolution that stood here. module_class: its class name.
+    """
+
+    edit: str
+    rule: str
+    block: str
+    conv: ConvSpec
+    module_class: str
+
+
+def mark(module: nn.Module, stand: Stand) -> None:
+    """Note on `module` that it stands for a convolution."""
+    setattr(module, _ATTRIBUTE, stand)
+
+
+def stand_of(module: nn.Module) -> Stand | None:
+    """The mark on `module`, or None."""
+    found = vars(module).get(_ATTRIBUTE)
+    return found if isinstance(found, Stand) else None
+
+
+def mark_inserted(module: nn.Module, at: str, rule: str) -> None:
+    """Note on `module` that `rule` inserted a block before or after it."""
+    inserted: dict[str, str] = vars(module).setdefault(_INSERTED, {})
+    inserted[at] = rule
+
+
+def inserted_at(module: nn.Module, at: str) -> str | None:
+    """The rule that inserted a block `at` ("before" or "after") the module, or None."""
+    found: dict[str, str] = vars(module).get(_INSERTED, {})
+    return found.get(at)
