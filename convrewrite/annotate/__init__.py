@@ -86,8 +86,7 @@ def _site(region: Region, skeleton: nn.Module, node: fx.Node, spec: ConvSpec, fa
         path, inside = region.path(str(node.target)), tuple(i for i in inside if i[0] != region.path(str(node.target)))
         class_name = stand.module_class if stand else type(module).__name__
     else:
-        owner = inside[-1][0] if inside else region.prefix
-        path, class_name = f"{owner}:{node.name}", kind(region, node)
+        path, class_name = _functional_path(region, node, inside), kind(region, node)
     return Site(
         path=path,
         index=0,
@@ -105,6 +104,17 @@ def _site(region: Region, skeleton: nn.Module, node: fx.Node, spec: ConvSpec, fa
         rewritten=stand.rule if stand else "",
         cost=conv_cost(spec, in_shape, out_shape),
     )
+
+
+def _functional_path(region: Region, node: fx.Node, inside: tuple[tuple[str, str], ...]) -> str:
+    """``owner:weight`` where the owner holds the weight, else ``owner:node``."""
+    owner = inside[-1][0] if inside else region.prefix
+    weight = functional_arguments(node).get("weight")
+    if isinstance(weight, fx.Node) and weight.op == "get_attr":
+        full = region.path(str(weight.target))
+        if not owner or full.startswith(f"{owner}."):
+            return f"{owner}:{full[len(owner) + 1 :] if owner else full}"
+    return f"{owner}:{node.name}"
 
 
 def _with_surroundings(

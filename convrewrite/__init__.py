@@ -1,0 +1,86 @@
+"""convrewrite: a compiler for existing CNNs. The public names are lazy, so that importing this costs no torch."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from convrewrite.blocks.base import Block, BlockOptions, register_block
+    from convrewrite.diffing import Diff, diff
+    from convrewrite.errors import ConvrewriteError
+    from convrewrite.pipeline import Pass, inspect, plan, rewrite
+    from convrewrite.plans import Edit, Plan, Refusal
+    from convrewrite.reports import Report
+    from convrewrite.rulefile import Rule, RuleFile, load_rules
+    from convrewrite.sites import ConvSpec, Cost, Place, Site
+    from convrewrite.store import load, save
+
+# Public name -> the module it lives in. No submodule may have the name of a public function: importing
+# the submodule would put it in the function's place.
+_HOME = {
+    "Block": "blocks.base",
+    "BlockOptions": "blocks.base",
+    "ConvSpec": "sites",
+    "ConvrewriteError": "errors",
+    "Cost": "sites",
+    "Diff": "diffing",
+    "Edit": "plans",
+    "Pass": "pipeline",
+    "Place": "sites",
+    "Plan": "plans",
+    "Refusal": "plans",
+    "Report": "reports",
+    "Rule": "rulefile",
+    "RuleFile": "rulefile",
+    "Site": "sites",
+    "diff": "diffing",
+    "inspect": "pipeline",
+    "load": "store",
+    "load_rules": "rulefile",
+    "plan": "pipeline",
+    "register_block": "blocks.base",
+    "rewrite": "pipeline",
+    "save": "store",
+}
+
+__all__ = [
+    "Block",
+    "BlockOptions",
+    "ConvSpec",
+    "ConvrewriteError",
+    "Cost",
+    "Diff",
+    "Edit",
+    "Pass",
+    "Place",
+    "Plan",
+    "Refusal",
+    "Report",
+    "Rule",
+    "RuleFile",
+    "Site",
+    "__version__",
+    "diff",
+    "inspect",
+    "load",
+    "load_rules",
+    "plan",
+    "register_block",
+    "rewrite",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value  # found without this function from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

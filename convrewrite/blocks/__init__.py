@@ -1,0 +1,7 @@
+"""The blocks: modules that can stand where a convolution stood. A file here that registers a block is found by itself."""
+
+from __future__ import annotations
+
+from convrewrite.blocks.base import BLOCKS, Block, BlockOptions, register_block
+
+__all__ = ["BLOCKS", "Block", "BlockOptions", "register_block"]

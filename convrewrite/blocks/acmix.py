@@ -1,0 +1,219 @@
+"""ACmix: windowed self-attention and a convolution fed by the same three projections, and added."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from convrewrite.blocks.base import Block, BlockOptions, query_grid, register_block
+from convrewrite.blocks.local import Axis, local_attention, tile_counts
+from convrewrite.sites import ConvSpec, Cost, Place
+
+FLOAT_BYTES = 4
+
+
+class ACmixOptions(BlockOptions):
+    """Options of `ACmix`."""
+
+    heads: int = Field(4, ge=1, description="attention heads N; must divide the output channels")
+    window: int = Field(7, ge=1, description="side of the attention window, in taps")
+    kernel_conv: int = Field(3, ge=1, description="side of the convolution path's kernel, in taps")
+    layout: Literal["authors", "ordered"] = Field(
+        "authors", description="channel order of the convolution path: the authors', or the attention's own"
+    )
+    rates: Literal["shared", "channel"] = Field(
+        "shared", description="one weight for each path, or one for each path and output channel"
+    )
+
+
+@register_block("acmix")
+class ACmix(Block):
+    """Self-attention over a window plus a convolution, both computed from one set of projections.
+
+    With q, k, v = W1 x, W2 x, W3 x (1 x 1, with bias) of N heads of d = C_out / N channels, and
+    p = W_p (column, row) of coordinates that run from -1 to 1 over the map:
+
+        att_i  = sum_o softmax_o( d^-.5 q_i . (k_{i+o} + p_i - p_{i+o}) ) v_{i+o}     mirrored at borders
+        conv   = grouped_conv( fc [q_1..q_N, k_1..k_N, v_1..v_N] )                    zeros at borders
+        y      = rate1 att + rate2 conv
+
+    fc maps the 3N values that share a channel of the heads to kc^2; the grouped convolution has d groups,
+    kc^2 channels each, and starts as the kc^2 shifts. p_i cancels in the softmax, so p is subtracted from k
+    once; W_p's bias cancels too and is kept for the authors' checkpoints alone. fc and the grouped convolution
+    are both linear, so they run as one grouped convolution on q, k, v with the product of their weights.
+
+    Dilation of the replaced convolution dilates both paths; stride keeps every stride-th query. Windows are
+    centred where the convolution's were. Where that is outside the map (padding beyond "same"), x is
+    zero-padded first and the coordinates run over the padded map.
+
+    Shape:
+        (B, C_in, H, W) -> (B, C_out, Ho, Wo), the size the convolution gives; below, HW is after such padding.
+
+    Parameters:
+        3 (C_in + 1) C_out + 3 d + 3 N kc^2 + C_out kc^4 + 2   (2 C_out in place of 2 with ``rates="channel"``)
+
+    FLOPs (2 per multiply-add; of the sums above with fc fused, without the masked-out keys of tiles; softmax and
+    elementwise work are not counted):
+        B HW 6 C_in C_out + HW 4 d + B HoWo C_out (4 k^2 + 6 N kc^2) + 6 N C_out kc^4
+
+    Reference:
+        Pan et al. 2022, arXiv 2111.14556, equations 8 to 14: our rate1, rate2 are alpha, beta; k is k_a and kc is k_c.
+        Parameter names and shapes are those of the authors' code (LeapLabTHU/ACmix), so its state dict loads
+        with ``load_state_dict`` as it is (defaults only: layout "authors", rates "shared").
+
+    Facts found in the authors' code:
+        - att is head-major (channel n d + i), conv is dim-major (i N + n), and they are added as they are:
+          layout "authors". Layout "ordered" brings conv into head-major order.
+        - dep_conv has no bias; it is built with one that `reset_parameters` turns into None.
+        - It fails, or returns another size than the convolution, for dilation, kernel_conv != 3, even windows,
+          odd sizes with stride 2, and maps of 3 x 3 or less.
+    """
+
+    Options = ACmixOptions
+    paper = "Pan et al. 2022, arXiv 2111.14556"
+    silent = ("conv_p.bias",)
+
+    def __init__(self, place: Place, options: ACmixOptions) -> None:
+        super().__init__(place, options)
+        assert place.conv is not None  # refuse() said so
+        self.spec = place.conv
+        self.options = options
+        self.head_dim = self.out_channels // options.heads
+        taps = options.kernel_conv**2
+        self.conv1 = nn.Conv2d(self.in_channels, self.out_channels, 1)
+        self.conv2 = nn.Conv2d(self.in_channels, self.out_channels, 1)
+        self.conv3 = nn.Conv2d(self.in_channels, self.out_channels, 1)
+        self.conv_p = nn.Conv2d(2, self.head_dim, 1)
+        self.fc = nn.Conv2d(3 * options.heads, taps, 1, bias=False)
+        self.dep_conv = nn.Conv2d(
+            taps * self.head_dim, self.out_channels, options.kernel_conv, groups=self.head_dim, bias=False
+        )
+        rates = self.out_channels if options.rates == "channel" else 1
+        self.rate1 = nn.Parameter(torch.full((rates,), 0.5))
+        self.rate2 = nn.Parameter(torch.full((rates,), 0.5))
+        with torch.no_grad():  # output filter o copies input channel t shifted by tap t
+            self.dep_conv.weight.copy_(torch.eye(taps).view(1, taps, *self.dep_conv.kernel_size))
+
+    @classmethod
+    def refuse(cls, place: Place, options: BlockOptions) -> str | None:
+        assert isinstance(options, ACmixOptions)
+        conv = place.conv
+        if conv is None:
+            return "acmix can only replace a convolution, not be inserted"
+        if conv.groups > 1:
+            return f"convolution has {conv.groups} groups, acmix mixes all channels (groups must be 1)"
+        if conv.padding_mode != "zeros":
+            return f"padding_mode '{conv.padding_mode}', acmix's convolution path pads with zeros"
+        if conv.out_channels % options.heads:
+            return f"{conv.out_channels} channels not divisible by {options.heads} heads"
+        height, width = conv.out_size(*place.in_shape[2:])
+        if height < 1 or width < 1:
+            return f"the convolution's output is empty ({height} x {width})"
+        return None
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        pads, rows, columns = _grids(self.spec, x.shape[2], x.shape[3])
+        qkv = self._project(F.pad(x, pads) if any(pads) else x)  # (B, H, W, 3, N, d)
+        att = self._attention(qkv, rows, columns)
+        conv = self._convolution(qkv, rows, columns)
+        y = torch.addcmul(conv, self.rate1.to(conv.dtype), att.to(conv.dtype)).permute(0, 3, 1, 2)  # (B, C, Ho, Wo)
+        return y if channels_last else y.contiguous()
+
+    def _project(self, x: Tensor) -> Tensor:
+        """x (B, C_in, H, W) -> q, k, v as (B, H, W, 3, N, d), all from one matrix product."""
+        weight = torch.cat([self.conv1.weight, self.conv2.weight, self.conv3.weight]).flatten(1)
+        bias = torch.cat([_bias(self.conv1), _bias(self.conv2), _bias(self.conv3)])
+        tokens = F.linear(x.flatten(2).transpose(1, 2), weight, bias)  # (B, H*W, 3*C)
+        return tokens.view(x.shape[0], x.shape[2], x.shape[3], 3, self.options.heads, self.head_dim)
+
+    def _attention(self, qkv: Tensor, y: Axis, x: Axis) -> Tensor:
+        """The attention path, (B, Ho, Wo, C) with channel n * d + i."""
+        q, k, v = qkv.unbind(3)  # (B, H, W, N, d)
+        q = q[:, y.start :: y.stride, x.start :: x.stride][:, : y.count, : x.count]
+        out = local_attention(
+            q,
+            (k - self._position(y.size, x.size)).to(q.dtype),
+            v,
+            window=(self.options.window, self.options.window),
+            scale=self.head_dim**-0.5,
+            stride=(y.stride, x.stride),
+            dilation=(y.dilation, x.dilation),
+            start=(y.start, x.start),
+        )
+        return out.flatten(3)
+
+    def _position(self, height: int, width: int) -> Tensor:
+        """p, (H, W, 1, d), in float32 or wider: neighbours differ too little for half precision."""
+        weight, bias = self.conv_p.weight.flatten(1), _bias(self.conv_p)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        column = torch.linspace(-1.0, 1.0, width, device=weight.device, dtype=dtype)[None, :, None, None]
+        row = torch.linspace(-1.0, 1.0, height, device=weight.device, dtype=dtype)[:, None, None, None]
+        return column * weight[:, 0] + row * weight[:, 1] + bias
+
+    def _convolution(self, qkv: Tensor, y: Axis, x: Axis) -> Tensor:
+        """rate2 times the convolution path, (B, Ho, Wo, C)."""
+        heads, dim = self.options.heads, self.head_dim
+        weight = torch.einsum("otyx,ts->osyx", self.dep_conv.weight, self.fc.weight.flatten(1))  # (C, 3*N, kc, kc)
+        rate: Tensor = self.rate2
+        if self.options.layout == "ordered" and rate.numel() > 1:
+            rate = rate.view(heads, dim).t().flatten()  # to the dim-major order of the filters
+        weight = weight * rate.view(-1, 1, 1, 1)
+        grouped = qkv.flatten(3, 4).transpose(3, 4).flatten(3)  # (B, H, W, d*3*N)
+        top, bottom = replace(y, kernel=self.options.kernel_conv).padding
+        left, right = replace(x, kernel=self.options.kernel_conv).padding
+        padding = (top, left) if top == bottom >= 0 and left == right >= 0 else (0, 0)
+        if padding != (top, left) or padding != (bottom, right):
+            grouped = F.pad(grouped, (0, 0, left, right, top, bottom))  # negative amounts crop
+        grouped = grouped.permute(0, 3, 1, 2)  # (B, d*3*N, H, W)
+        out = F.conv2d(grouped, weight, None, self.spec.stride, padding, self.spec.dilation, dim)
+        out = out.permute(0, 2, 3, 1)  # (B, Ho, Wo, d*N)
+        if self.options.layout == "ordered":
+            out = out.reshape(*out.shape[:3], dim, heads).transpose(3, 4).flatten(3)
+        return out
+
+    @classmethod
+    def cost(cls, place: Place, options: BlockOptions) -> Cost:
+        assert isinstance(options, ACmixOptions) and place.conv is not None
+        batch, c_in, in_height, in_width = place.in_shape
+        c_out, heads = place.conv.out_channels, options.heads
+        dim, taps = c_out // heads, options.kernel_conv**2
+        y, x = (replace(axis, kernel=options.window) for axis in _grids(place.conv, in_height, in_width)[1:])
+        positions, queries = y.size * x.size, y.count * x.count
+        rates = 2 * c_out if options.rates == "channel" else 2
+        flops = batch * positions * 6 * c_in * c_out + positions * 4 * dim
+        flops += batch * queries * c_out * (4 * options.window**2 + 6 * heads * taps) + 6 * heads * c_out * taps**2
+        tiles, tile_queries, tile_keys = tile_counts(y, x)
+        tiled = batch * tiles * c_out * 2 * (tile_queries + tile_keys)  # q, k, v and output in tiles
+        sums = batch * tiles * heads * tile_queries  # log-sum-exp of each softmax
+        return Cost(
+            params=3 * (c_in + 1) * c_out + 3 * dim + 3 * heads * taps + c_out * taps**2 + rates,
+            flops=flops,
+            act_infer=FLOAT_BYTES * (batch * positions * 4 * c_out + tiled + sums),
+            act_train=FLOAT_BYTES * (batch * (positions * 3 + queries) * c_out + tiled + sums),
+        )
+
+
+def _bias(conv: nn.Conv2d) -> Tensor:
+    assert conv.bias is not None
+    return conv.bias
+
+
+def _grids(spec: ConvSpec, height: int, width: int) -> tuple[list[int], Axis, Axis]:
+    """Where the queries stand: zeros (left, right, top, bottom) that x needs so that every window of the
+    convolution is centred on the map, then the vertical and horizontal axis on the map so padded."""
+    left, right, top, bottom = spec.padding
+    pads: list[int] = []
+    axes: list[Axis] = []
+    for i, size, before, after in ((1, width, left, right), (0, height, top, bottom)):
+        kernel, stride, dilation = spec.kernel[i], spec.stride[i], spec.dilation[i]
+        start, count = query_grid(size, kernel, stride, dilation, before, after)
+        extra = max(0, -start), max(0, start + (count - 1) * stride - size + 1)
+        pads += extra
+        axes.append(Axis(size + sum(extra), count, kernel, stride, dilation, start + extra[0]))
+    return pads, axes[1], axes[0]

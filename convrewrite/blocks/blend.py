@@ -1,0 +1,102 @@
+"""A convolution and the block that is to take its place, side by side, faded from the one to the other."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from convrewrite.blocks.base import Block
+from convrewrite.errors import ConvrewriteError
+from convrewrite.sites import ConvSpec, Cost, Place
+
+FLOAT_BYTES = 4
+
+
+class Blend(nn.Module):
+    """y = (1 - a) conv(x) + a block(x), where a = gate + anneal (1 - gate).
+
+    `gate` is learned per channel and starts at 0, so a freshly blended network computes what the
+    original did, bit for bit, while the gradient already reaches the gate. `anneal` is a buffer that
+    training moves from 0 to 1; at 1 the output is the block's, bit for bit, and `finalize` drops the convolution.
+    The weighted sum is exact at both ends and, unlike conv + a (block - conv), cannot overflow there.
+
+    Shape: (B, C_in, H, W) -> (B, C_out, Ho, Wo), as both parts.
+
+    State dict: ``conv.*``, ``block.*``, ``gate`` (C_out, 1, 1), ``anneal`` ().
+
+    Attributes such as ``in_channels``, ``stride`` and ``weight`` are the convolution's, since some models read them.
+    """
+
+    gate: nn.Parameter
+    anneal: Tensor
+
+    def __init__(self, conv: nn.Conv2d, block: Block) -> None:
+        super().__init__()
+        self.conv = conv
+        self.block = block
+        self.gate = nn.Parameter(conv.weight.new_zeros(conv.out_channels, 1, 1))
+        self.register_buffer("anneal", conv.weight.new_zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        old: Tensor = self.conv(x)
+        new: Tensor = self.block(x)
+        keep = (1 - self.gate) * (1 - self.anneal)
+        take = self.gate * (1 - self.anneal) + self.anneal  # exactly 1 at anneal = 1, whatever the gate
+        return old * keep.to(old.dtype) + new.to(old.dtype) * take.to(old.dtype)
+
+    def finalize(self) -> nn.Module:
+        """The block alone, once it has taken over; an error while ``anneal`` is below 1."""
+        anneal = float(self.anneal)
+        if anneal != 1.0:
+            raise ConvrewriteError(
+                f"the convolution still takes part (anneal is {anneal:g})",
+                fix="set anneal to 1 and train on before finalizing",
+            )
+        return self.block
+
+    @property
+    def in_channels(self) -> int:
+        return self.conv.in_channels
+
+    @property
+    def out_channels(self) -> int:
+        return self.conv.out_channels
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        return self.conv.kernel_size
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        return self.conv.stride
+
+    @property
+    def padding(self) -> str | tuple[int, ...]:
+        return self.conv.padding
+
+    @property
+    def dilation(self) -> tuple[int, ...]:
+        return self.conv.dilation
+
+    @property
+    def groups(self) -> int:
+        return self.conv.groups
+
+    @property
+    def weight(self) -> Tensor:
+        return self.conv.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.conv.bias
+
+
+def blend_cost(conv: ConvSpec, place: Place, block_cost: Cost) -> Cost:
+    """Cost of a `Blend`: both parts and the gate, with the two outputs alive together (elementwise work not counted)."""
+    batch, channels, height, width = place.out_shape
+    output = FLOAT_BYTES * batch * channels * height * width
+    return Cost(
+        params=conv.params + block_cost.params + channels,
+        flops=conv.flops(batch, height, width) + block_cost.flops,
+        act_infer=output + max(block_cost.act_infer, 2 * output),
+        act_train=block_cost.act_train + 2 * output,
+    )

@@ -1,0 +1,181 @@
+"""Carry a plan out on a copy of the model: the only code that edits a model.
+
+The copy is the user's own object deep-copied, with modules exchanged in place: class, methods, attributes,
+hooks and state-dict keys of everything untouched stay.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from convrewrite import graphs
+from convrewrite.blocks.base import BLOCKS, Block, conv_spec
+from convrewrite.blocks.blend import Blend
+from convrewrite.errors import ConvrewriteError, EditError
+from convrewrite.inserting import insert
+from convrewrite.plans import Edit, Plan
+from convrewrite.sites import ConvSpec, Place
+from convrewrite.stands import Stand, mark
+
+
+@dataclass(frozen=True)
+class Edited:
+    """The rewritten copy, and where every tensor of the original went: its keys in the copy, () if dropped."""
+
+    model: nn.Module
+    moved: dict[str, tuple[str, ...]]
+    touched: dict[str, str]
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
+    """A rewritten copy of `model`; `model` itself is untouched.
+
+    Raises:
+        EditError: an edit does not fit; nothing was changed.
+    """
+    return edit_model(model, plan).model
+
+
+def edit_model(model: nn.Module, plan: Plan) -> Edited:
+    """`apply_plan`, with the way of every tensor."""
+    memo: dict[int, object] = {}
+    try:
+        twin = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise EditError(f"the model cannot be deep-copied: {error}", where=type(model).__name__) from error
+    originals = {key: memo.get(id(t), t) for key, t in _tensors(model)}
+    for edit in plan.edits:
+        twin = _apply(twin, edit, plan.seed)
+    return Edited(twin, _moves(originals, twin), _touched(twin, plan))
+
+
+def _apply(model: nn.Module, edit: Edit, seed: int) -> nn.Module:
+    try:
+        if edit.action == "insert":
+            target = model.get_submodule(edit.path)
+            block = _build(edit, None, seed, target)
+            insert(target, block, at=edit.at, rule=edit.rule, path=edit.path)
+            return model
+        if ":" in edit.path:
+            conv = graphs.convolution(model, edit.path)
+            emitted = graphs.with_module(model, edit.path, _replacement(conv, edit, seed))
+            return _exchange(model, model.get_submodule(edit.path.rpartition(":")[0]), emitted)
+        old = model.get_submodule(edit.path)
+        if not isinstance(old, nn.Conv2d):
+            raise EditError(f"{type(old).__name__} is not a convolution", where=edit.path)
+        new = _replacement(old, edit, seed)
+        _move_hooks(old, new)
+        return _exchange(model, old, new)
+    except ConvrewriteError:
+        raise
+    except Exception as error:
+        raise EditError(f"{edit.block}: {type(error).__name__}: {error}", where=edit.path) from error
+
+
+def _replacement(conv: nn.Conv2d, edit: Edit, seed: int) -> nn.Module:
+    """What takes the convolution's place, marked with what stood there."""
+    spec = conv_spec(conv)
+    if spec != edit.site.conv:
+        raise EditError(f"the convolution is {spec}, the plan was made for {edit.site.conv}", where=edit.path)
+    block = _build(edit, spec, seed, conv)
+    new: nn.Module = Blend(conv, block) if edit.how == "blend" else block
+    new.training = conv.training
+    mark(new, Stand(edit.id, edit.rule, edit.block, spec, edit.site.module_class))
+    return new
+
+
+def _build(edit: Edit, conv: ConvSpec | None, seed: int, beside: nn.Module) -> Block:
+    """The block, initialised from the plan's seed and the edit's id alone, on the device and dtype of its neighbour."""
+    cls = BLOCKS.get(edit.block)
+    options = cls.Options(**edit.options)
+    place = Place(tuple(edit.in_shape), tuple(edit.out_shape), conv)
+    like = next((t for t in beside.parameters() if t.is_floating_point()), None)
+    number = int.from_bytes(hashlib.sha256(f"{seed}:{edit.id}".encode()).digest()[:8], "big") >> 1
+    if like is not None and like.is_meta:
+        with torch.device("meta"):
+            block = cls(place, options)
+    else:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.manual_seed(number)
+            block = cls(place, options)
+        if like is not None:
+            block = block.to(device=like.device, dtype=like.dtype)
+    return block.train(beside.training)
+
+
+def _exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+    """Put `new` at every place where `old` is registered; returns the root, which may be `new` itself."""
+    if model is old:
+        return new
+    for parent in list(model.modules()):
+        if parent is new:
+            continue
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
+    return model
+
+
+def _move_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Forward and backward hooks watch the site, so they go with it."""
+    for name in (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+        "_forward_pre_hooks_with_kwargs",
+    ):
+        hooks = getattr(old, name, None)
+        if hooks:
+            getattr(new, name).update(hooks)
+            hooks.clear()
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(state-dict key, tensor object) of every persistent entry, aliases included."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        stem = f"{prefix}." if prefix else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield stem + name, parameter
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield stem + name, buffer
+
+
+def _moves(originals: dict[str, object], twin: nn.Module) -> dict[str, tuple[str, ...]]:
+    """By identity of the copied tensor: old key -> new keys (the same key first where it is kept)."""
+    keys: dict[int, list[str]] = {}
+    for key, tensor in _tensors(twin):
+        keys.setdefault(id(tensor), []).append(key)
+    moved = {}
+    for key, tensor in originals.items():
+        found = keys.get(id(tensor), [])
+        moved[key] = (key,) if key in found else tuple(found[:1])
+    return moved
+
+
+def _touched(twin: nn.Module, plan: Plan) -> dict[str, str]:
+    """Module path prefix in the rewritten model -> id of the edit that owns what is below it."""
+    from convrewrite.inserting import NAMES
+
+    owners = {}
+    for edit in plan.edits:
+        owner, colon, weight = edit.path.rpartition(":")
+        if edit.action == "insert":
+            owners[f"{edit.path}.{NAMES[edit.at]}"] = edit.id
+        elif colon:
+            name = "convrewrite_" + weight.replace(".", "_")
+            owners[f"{owner}.{name}" if owner else name] = edit.id
+            owners[f"{owner}.{weight}" if owner else weight] = edit.id
+        else:
+            owners[edit.path] = edit.id
+    return owners

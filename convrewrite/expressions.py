@@ -1,0 +1,398 @@
+"""The closed arithmetic language of option values and `where` clauses; never handed to eval.
+
+The text is parsed by `ast.parse` and walked by a whitelist. Length, depth, exponents and magnitudes are
+bounded, so that ``9**9**9`` is an error and not a hang.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import operator
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from convrewrite.errors import RuleError, closest
+from convrewrite.sites import ROLES, Site
+
+Value = int | float | bool | str
+Kind = Literal["truth", "number", "text", "any"]
+
+MAX_LENGTH = 500
+MAX_DEPTH = 24
+MAX_EXPONENT = 64
+MAX_MAGNITUDE = 10**18
+
+FACTS: dict[str, str] = {
+    "in_channels": "channels of the input",
+    "out_channels": "channels of the output",
+    "kernel": "kernel size; no value where height and width differ",
+    "stride": "stride; no value where height and width differ",
+    "dilation": "dilation; no value where height and width differ",
+    "groups": "groups of the convolution",
+    "h": "height of the input",
+    "w": "width of the input",
+    "h_out": "height of the output",
+    "w_out": "width of the output",
+    "area": "h * w",
+    "area_out": "h_out * w_out",
+    "stage": "0 for the stem, then 1, 2, ... by resolution",
+    "stage_from_end": "1 for the last stage",
+    "n_stages": "number of the last stage",
+    "block": "index of the block in its stage, from 0",
+    "block_from_end": "1 for the last block of its stage",
+    "position": "place of the convolution on its block's branch, from 1",
+    "index": "place of the convolution in the whole network, from 0",
+    "params": "parameters of the convolution",
+    "flops": "its floating point operations, 2 per multiply-add",
+    "role": "the role, as text",
+}
+"""Every name an expression may use, besides ``vars.NAME``."""
+
+
+class MissingFactError(RuleError):
+    """An expression asks for a fact that this site does not have."""
+
+
+def _clamp(value: float, low: float, high: float) -> float:
+    if low > high:
+        raise ValueError(f"clamp needs low <= high, got {low} and {high}")
+    return max(low, min(value, high))
+
+
+def _whole(value: float, what: str) -> int:
+    if isinstance(value, float) and not value.is_integer():
+        raise ValueError(f"{what} needs whole numbers, got {value}")
+    return int(value)
+
+
+def _gcd(first: float, second: float) -> int:
+    return math.gcd(_whole(first, "gcd"), _whole(second, "gcd"))
+
+
+def _round_to(value: float, step: float) -> float:
+    """The multiple of `step` nearest to `value`, halves up, at least one step."""
+    if step <= 0:
+        raise ValueError(f"round_to needs a step above 0, got {step}")
+    return max(step, math.floor(value / step + 0.5) * step)
+
+
+def _divisor_near(value: float, target: float) -> int:
+    """The divisor of `value` nearest to `target`; of two equally near the smaller."""
+    number = _whole(value, "divisor_near")
+    if not 1 <= number <= 10**9:
+        raise ValueError(f"divisor_near needs a number from 1 to 10**9, got {number}")
+    low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return min((*low, *(number // d for d in low)), key=lambda d: (abs(d - target), d))
+
+
+FUNCTIONS: dict[str, tuple[int, int, Callable[..., Any]]] = {
+    "min": (2, 16, min),
+    "max": (2, 16, max),
+    "clamp": (3, 3, _clamp),
+    "gcd": (2, 2, _gcd),
+    "round_to": (2, 2, _round_to),
+    "divisor_near": (2, 2, _divisor_near),
+    "iff": (3, 3, lambda condition, yes, no: yes if condition else no),
+}
+"""Name -> (fewest arguments, most arguments, function). ``if(c, a, b)`` is another spelling of ``iff``."""
+
+_ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+}
+_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
+_SIGNS: dict[type[ast.unaryop], Callable[[Any], Any]] = {ast.USub: operator.neg, ast.UAdd: operator.pos}
+_IF = re.compile(r"\bif(?=\s*\()")
+_SPELLED_IF = "IF"  # as long as "if", so that columns stay true
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A checked expression.
+
+    Attributes:
+        text: as it was written.
+        names: the facts it uses; a variable as ``vars.NAME``.
+        kind: what it gives: "truth", "number", "text", or "any" where a variable decides.
+    """
+
+    text: str
+    names: frozenset[str]
+    kind: Kind
+    _tree: ast.expr = field(repr=False, compare=False)
+
+    def value(self, facts: Mapping[str, Any]) -> Value:
+        """Compute it for one site.
+
+        Args:
+            facts: name -> value as from `site_facts`; the rule file's variables under "vars".
+
+        Raises:
+            MissingFactError: a fact it needs is None. RuleError: division by zero and the like.
+        """
+        result: Value = _Evaluation(self.text, facts).of(self._tree)
+        return result
+
+
+def parse(text: str, variables: Collection[str] | None = None) -> Expression:
+    """Read and check an expression.
+
+    Args:
+        variables: names known under ``vars.``; None accepts any.
+
+    Raises:
+        RuleError: one line with the expression, the column (from 1) and the closest known name.
+    """
+    if len(text) > MAX_LENGTH:
+        raise RuleError(f"expression of {len(text)} characters, at most {MAX_LENGTH}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "1is 2" and "\d" are SyntaxWarnings of Python, not of ours
+            tree = ast.parse(_IF.sub(_SPELLED_IF, text.strip()), mode="eval").body
+    except SyntaxError as error:
+        raise _complaint(text, error.offset, error.msg.split("(")[0].strip() or "cannot be read") from None
+    except (ValueError, RecursionError, MemoryError):
+        raise _complaint(text, None, "cannot be read") from None
+    _check(tree, text, variables, 0)
+    names = frozenset(_names(tree))
+    return Expression(text, names, _kind(tree), tree)
+
+
+def site_facts(site: Site, n_stages: int = 0, variables: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The facts of `site` under the names that expressions use; None for what the site does not have."""
+    (h, w), (h_out, w_out) = _size(site.in_shape), _size(site.out_shape)
+    return {
+        **{name: getattr(site, name) for name in FACTS if hasattr(site, name)},
+        "kernel": _one(site.kernel),
+        "stride": _one(site.stride),
+        "dilation": _one(site.dilation),
+        "h": h,
+        "w": w,
+        "h_out": h_out,
+        "w_out": w_out,
+        "area": h * w if h is not None and w is not None else None,
+        "area_out": h_out * w_out if h_out is not None and w_out is not None else None,
+        "n_stages": n_stages,
+        "vars": dict(variables or {}),
+    }
+
+
+def _size(shape: tuple[int, ...]) -> tuple[int | None, int | None]:
+    return (shape[-2], shape[-1]) if len(shape) == 4 else (None, None)
+
+
+def _one(pair: tuple[int, int]) -> int | None:
+    return pair[0] if len(set(pair)) == 1 else None
+
+
+def _shown(text: str) -> str:
+    """The expression as it stands in messages: one printable line, not too long."""
+    clean = text if text.isprintable() else ascii(text)[1:-1]
+    return f"expression '{clean if len(clean) <= 120 else clean[:117] + '...'}'"
+
+
+def _complaint(text: str, offset: int | None, what: str, fix: str | None = None) -> RuleError:
+    column = f", column {offset}" if offset else ""
+    return RuleError(f"{_shown(text)}{column}: {what}", fix=fix)
+
+
+def _check(node: ast.expr, text: str, variables: Collection[str] | None, depth: int) -> None:
+    """Raise for whatever is not of the language, at its column."""
+    column = getattr(node, "col_offset", 0) + 1 + len(text) - len(text.lstrip())
+    if depth > MAX_DEPTH:
+        raise _complaint(text, column, f"nested deeper than {MAX_DEPTH} levels")
+    match node:
+        case ast.Constant(value=bool() | int() | float() | str()):
+            if isinstance(node.value, (int, float)) and not abs(node.value) <= MAX_MAGNITUDE:
+                raise _complaint(text, column, f"a number beyond {MAX_MAGNITUDE:.0e}")
+        case ast.Name():
+            _check_name(node.id, text, column)
+        case ast.Attribute(value=ast.Name(id="vars")):
+            if variables is not None and node.attr not in variables:
+                fix = closest(node.attr, variables) or "declare it under 'vars:'"
+                raise _complaint(text, column, f"unknown variable 'vars.{node.attr}'", fix)
+        case ast.Call(func=ast.Name(), keywords=[]):
+            _check_call(node, text, column)
+        case ast.Compare() if all(type(op) in _COMPARISONS for op in node.ops):
+            _check_roles(node, text, column)
+        case ast.BinOp() if type(node.op) in _ARITHMETIC:
+            pass
+        case ast.UnaryOp() if type(node.op) in _SIGNS or isinstance(node.op, ast.Not):
+            pass
+        case ast.BoolOp():
+            pass
+        case _:
+            what = f"{_wording(node)} is not part of the language"
+            raise _complaint(text, column, what, "use numbers, facts, + - * / // % **, comparisons, and, or, not")
+    for child in _children(node):
+        _check(child, text, variables, depth + 1)
+
+
+def _wording(node: ast.expr) -> str:
+    names = {"IfExp": "'a if c else b'", "Attribute": "an attribute", "Lambda": "lambda", "Call": "such a call"}
+    return names.get(type(node).__name__, type(node).__name__)
+
+
+def _check_name(name: str, text: str, column: int) -> None:
+    if name in FACTS:
+        return
+    if name in FUNCTIONS or name == _SPELLED_IF:
+        raise _complaint(text, column, f"'{name}' is a function", "give its arguments in parentheses")
+    fix = closest(name, (*FACTS, *FUNCTIONS)) or f"known: {', '.join(FACTS)} and vars.NAME"
+    raise _complaint(text, column, f"unknown name '{name}'", fix)
+
+
+def _check_call(node: ast.Call, text: str, column: int) -> None:
+    assert isinstance(node.func, ast.Name)
+    name = "iff" if node.func.id == _SPELLED_IF else node.func.id
+    if name not in FUNCTIONS:
+        fix = closest(name, FUNCTIONS) or f"known: {', '.join(FUNCTIONS)}"
+        raise _complaint(text, column, f"unknown function '{name}'", fix)
+    fewest, most, _ = FUNCTIONS[name]
+    if not fewest <= len(node.args) <= most:
+        wanted = str(fewest) if fewest == most else f"{fewest} to {most}"
+        raise _complaint(text, column, f"{name} takes {wanted} arguments, got {len(node.args)}")
+
+
+def _check_roles(node: ast.Compare, text: str, column: int) -> None:
+    """``role == "bottlneck"`` can never be true."""
+    sides = [node.left, *node.comparators]
+    if not any(isinstance(side, ast.Name) and side.id == "role" for side in sides):
+        return
+    for side in sides:
+        if isinstance(side, ast.Constant) and side.value not in ROLES:
+            fix = closest(str(side.value), ROLES) or f"known: {', '.join(ROLES)}"
+            raise _complaint(text, column, f"unknown role {side.value!r}", fix)
+
+
+def _children(node: ast.expr) -> Iterator[ast.expr]:
+    if isinstance(node, ast.Attribute):
+        return iter(())
+    if isinstance(node, ast.Call):
+        return iter(node.args)
+    return (child for child in ast.iter_child_nodes(node) if isinstance(child, ast.expr))
+
+
+def _names(node: ast.expr) -> Iterator[str]:
+    if isinstance(node, ast.Name):
+        yield node.id
+    if isinstance(node, ast.Attribute):
+        yield f"vars.{node.attr}"
+    for child in _children(node):
+        yield from _names(child)
+
+
+def _kind(node: ast.expr) -> Kind:
+    """What the expression gives, as far as its form tells."""
+    match node:
+        case ast.Compare() | ast.BoolOp() | ast.UnaryOp(op=ast.Not()) | ast.Constant(value=bool()):
+            return "truth"
+        case ast.Constant(value=str()) | ast.Name(id="role"):
+            return "text"
+        case ast.Attribute():
+            return "any"
+        case ast.Call(func=ast.Name(id="iff" | "IF")):
+            kinds = {_kind(branch) for branch in node.args[1:]}
+            return kinds.pop() if len(kinds) == 1 else "any"
+    return "number"
+
+
+class _Evaluation:
+    """One walk over a checked tree with one site's facts."""
+
+    def __init__(self, text: str, facts: Mapping[str, Any]) -> None:
+        self.text = text
+        self.facts = facts
+
+    def of(self, node: ast.expr) -> Any:
+        match node:
+            case ast.Constant():
+                return node.value
+            case ast.Name():
+                return self._fact(node.id, self.facts.get(node.id))
+            case ast.Attribute():
+                return self._fact(f"vars.{node.attr}", self.facts.get("vars", {}).get(node.attr))
+            case ast.BoolOp():
+                stop = isinstance(node.op, ast.Or)
+                return any(self._truth(v) for v in node.values) if stop else all(self._truth(v) for v in node.values)
+            case ast.UnaryOp(op=ast.Not()):
+                return not self._truth(node.operand)
+            case ast.UnaryOp():
+                return _SIGNS[type(node.op)](self._number(node.operand))
+            case ast.BinOp():
+                return self._binary(node)
+            case ast.Compare():
+                return self._compare(node)
+            case ast.Call():
+                return self._call(node)
+        raise AssertionError(type(node))  # _check let nothing else through
+
+    def _fact(self, name: str, value: Any) -> Value:
+        if value is None:
+            raise MissingFactError(f"{_shown(self.text)}: '{name}' has no value at this site")
+        if not isinstance(value, (int, float, str)):
+            raise RuleError(f"{_shown(self.text)}: '{name}' is neither a number nor text")
+        return value
+
+    def _truth(self, node: ast.expr) -> bool:
+        value = self.of(node)
+        if isinstance(value, str):
+            raise RuleError(f"{_shown(self.text)}: text '{value}' used as true or false")
+        return bool(value)
+
+    def _number(self, node: ast.expr) -> int | float:
+        value = self.of(node)
+        if isinstance(value, str):
+            raise RuleError(f"{_shown(self.text)}: text '{value}' used as a number")
+        return value  # type: ignore[no-any-return]
+
+    def _binary(self, node: ast.BinOp) -> int | float:
+        left, right = self._number(node.left), self._number(node.right)
+        if isinstance(node.op, ast.Pow) and abs(right) > MAX_EXPONENT:
+            raise RuleError(f"{_shown(self.text)}: exponent {right}, at most {MAX_EXPONENT}")
+        return self._bounded(lambda: _ARITHMETIC[type(node.op)](left, right))
+
+    def _compare(self, node: ast.Compare) -> bool:
+        left = self.of(node.left)
+        for op, comparator in zip(node.ops, node.comparators, strict=True):
+            right = self.of(comparator)
+            if isinstance(left, str) != isinstance(right, str):
+                raise RuleError(f"{_shown(self.text)}: compares text with a number ({left!r} and {right!r})")
+            if not _COMPARISONS[type(op)](left, right):
+                return False
+            left = right
+        return True
+
+    def _call(self, node: ast.Call) -> Any:
+        assert isinstance(node.func, ast.Name)
+        if node.func.id in ("iff", _SPELLED_IF):
+            return self.of(node.args[1] if self._truth(node.args[0]) else node.args[2])
+        arguments = [self._number(argument) for argument in node.args]
+        return self._bounded(lambda: FUNCTIONS[node.func.id][2](*arguments))  # type: ignore[attr-defined]
+
+    def _bounded(self, compute: Callable[[], Any]) -> int | float:
+        try:
+            result = compute()
+        except ZeroDivisionError:
+            raise RuleError(f"{_shown(self.text)}: division by zero") from None
+        except (ValueError, OverflowError) as error:
+            raise RuleError(f"{_shown(self.text)}: {error}") from None
+        if isinstance(result, complex) or not abs(result) <= MAX_MAGNITUDE:
+            raise RuleError(f"{_shown(self.text)}: a result beyond {MAX_MAGNITUDE:.0e} or not a real number")
+        return result  # type: ignore[no-any-return]

@@ -1,0 +1,123 @@
+"""What a law looks at: the original, the rewritten model, and their outputs on one fixed batch."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from convrewrite.capture import light_copy
+from convrewrite.plans import Plan
+from convrewrite.reports import Drift, TensorFate
+from convrewrite.sites import Site
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+"""Largest relative drift that rounding explains, by dtype."""
+
+
+@dataclass
+class Case:
+    """One rewrite under examination; nothing here changes either model.
+
+    Attributes:
+        example: real tensors on the model's device, batch of at least two.
+        tensors: every tensor's fate. replan: plans again on the rewritten model and returns what it would edit.
+        again: applies the same plan to the original a second time.
+    """
+
+    original: nn.Module
+    rewritten: nn.Module
+    plan: Plan
+    sites: tuple[Site, ...]
+    example: tuple[Any, ...]
+    tensors: tuple[TensorFate, ...]
+    moved: Mapping[str, tuple[str, ...]]
+    replan: Any
+    again: Any
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        return next((p.dtype for p in self.original.parameters() if p.is_floating_point()), torch.float32)
+
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCE.get(self.dtype, 1e-5)
+
+    @property
+    def exact(self) -> bool:
+        """True if every edit claims an exact start."""
+        return all(e.start == "exact" for e in self.plan.edits)
+
+    @cached_property
+    def outputs(self) -> dict[str, tuple[Any, Any]]:
+        """mode -> (original's output, rewritten's output), same seed."""
+        return {
+            mode: (self.run(self.original, mode == "train"), self.run(self.rewritten, mode == "train"))
+            for mode in ("eval", "train")
+        }
+
+    def run(self, model: nn.Module, training: bool, *, grad: bool = False) -> Any:
+        """Output on a copy that shares the parameters, so that batch statistics stay as they are."""
+        twin = light_copy(model).train(training)
+        with torch.set_grad_enabled(grad), seeded(), quiet():
+            return twin(*self.example)
+
+    def drift(self) -> tuple[Drift, ...]:
+        """How far apart the outputs are in both modes."""
+        return tuple(_drift(mode, old, new) for mode, (old, new) in self.outputs.items())
+
+
+@contextlib.contextmanager
+def seeded(seed: int = 0) -> Iterator[None]:
+    """Random numbers from a fixed seed; the caller's generators are left as they were."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """A user's model may warn; the laws are not the place to repeat it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """All tensors of a nested output, in a fixed order."""
+    return [t for t in tree_flatten(_plain(output))[0] if isinstance(t, Tensor)]
+
+
+def _plain(output: Any) -> Any:
+    """Named tuples and mappings as plain containers."""
+    if isinstance(output, tuple):
+        return tuple(_plain(v) for v in output)
+    if isinstance(output, list):
+        return [_plain(v) for v in output]
+    if isinstance(output, Mapping):
+        return {k: _plain(v) for k, v in output.items()}
+    return output
+
+
+def _drift(mode: str, old: Any, new: Any) -> Drift:
+    pairs = [(a, b) for a, b in zip(tensors_of(old), tensors_of(new), strict=False) if a.shape == b.shape]
+    pairs = [(a.detach().double(), b.detach().double()) for a, b in pairs if a.is_floating_point()]
+    if not pairs:
+        return Drift(mode, 0.0, 1.0)
+    scale = max(float(a.abs().max()) if a.numel() else 0.0 for a, _ in pairs)
+    gap = max(float((a - b).abs().max()) if a.numel() else 0.0 for a, b in pairs)
+    left, right = (torch.cat([p[i].flatten() for p in pairs]) for i in (0, 1))
+    cosine = 1.0 if torch.equal(left, right) else float(nn.functional.cosine_similarity(left, right, dim=0))
+    first = pairs[0]
+    agreement = None
+    if first[0].dim() == 2 and first[0].shape[1] > 1:
+        agreement = float((first[0].argmax(1) == first[1].argmax(1)).double().mean())
+    relative = gap / scale if scale else (0.0 if gap == 0 else float("inf"))
+    return Drift(mode, relative, cosine, agreement)

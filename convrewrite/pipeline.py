@@ -1,0 +1,372 @@
+"""The whole way of a model through convrewrite, as passes. Read this file first.
+
+    capture -> annotate -> match and plan -> edit -> transfer -> verify -> report
+
+Each pass reads and fills fields of one `Work`. `rewrite`, `plan` and `inspect` are the public functions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from convrewrite import provenance
+from convrewrite.annotate import Graph, annotate
+from convrewrite.capture import capture
+from convrewrite.editing import Edited, edit_model
+from convrewrite.errors import ConvrewriteError, LawError
+from convrewrite.identity import identity
+from convrewrite.laws import check
+from convrewrite.laws.case import Case
+from convrewrite.planning import check_fits, make_plan
+from convrewrite.plans import Plan
+from convrewrite.reports import Drift, LawResult, Report, TensorFate
+from convrewrite.rulefile import Rule, RuleFile, load_rules
+from convrewrite.sites import Site
+from convrewrite.transfer import fates
+
+DEFAULT_SHAPE = (1, 3, 224, 224)
+Example = Any
+
+
+class Rewritten(NamedTuple):
+    """What `rewrite` returns."""
+
+    model: nn.Module
+    report: Report
+
+
+@dataclass
+class Work:
+    """One model on its way: the inputs of a run, and what the passes have filled in so far."""
+
+    model: nn.Module
+    example: tuple[Any, ...]
+    name: str = "model"
+    rules: tuple[RuleFile, ...] = ()
+    start: str | None = None
+    overrides: Mapping[tuple[str, str], Any] = field(default_factory=dict)
+    seed: int = 0
+    source: Mapping[str, Any] | None = None
+    graph: Graph | None = None
+    plan: Plan | None = None
+    given: Plan | None = None
+    edited: Edited | None = None
+    tensors: tuple[TensorFate, ...] = ()
+    laws: tuple[LawResult, ...] = ()
+    drift: tuple[Drift, ...] = ()
+    notes: list[str] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One step.
+
+    Attributes:
+        run: changes the Work. requires, ensures: fields of Work that must be set before and after.
+        after: for a pass of the user's own, the name of the pass it follows (the last one by default).
+    """
+
+    name: str
+    run: Callable[[Work], None]
+    requires: tuple[str, ...] = ()
+    ensures: tuple[str, ...] = ()
+    after: str = ""
+
+
+def _capture(work: Work) -> None:
+    work.graph = annotate(capture(work.model, work.example))
+
+
+def _plan(work: Work) -> None:
+    assert work.graph is not None
+    if work.given is not None:
+        check_fits(work.given, work.model, work.graph)
+        work.plan = work.given
+        return
+    work.plan = make_plan(
+        work.model,
+        work.graph,
+        work.rules,
+        name=work.name,
+        input_shape=_shape(work.example),
+        start=work.start,
+        overrides=work.overrides,
+        seed=work.seed,
+    )
+
+
+def _edit(work: Work) -> None:
+    assert work.plan is not None
+    work.edited = edit_model(work.model, work.plan)
+    stamp = provenance.Provenance(plan=work.plan, identity=identity(work.model), source=work.source)
+    provenance.attach(work.edited.model, stamp)
+
+
+def _transfer(work: Work) -> None:
+    assert work.edited is not None
+    work.tensors = fates(work.model, work.edited)
+
+
+def _verify(work: Work) -> None:
+    assert work.plan is not None and work.edited is not None and work.graph is not None
+    if any(p.is_meta for p in work.model.parameters()):
+        work.notes.append("the model is on the meta device: the laws were not checked")
+        return
+    case = Case(
+        original=work.model,
+        rewritten=work.edited.model,
+        plan=work.plan,
+        sites=work.graph.sites,
+        example=real_example(work.model, work.example),
+        tensors=work.tensors,
+        moved=work.edited.moved,
+        replan=lambda model: _replan(work, model),
+        again=lambda: edit_model(work.model, _plan_of(work)).model,
+    )
+    work.laws = check(case)
+    try:
+        work.drift = case.drift()
+    except Exception as error:  # noqa: BLE001 - a law has said so already
+        work.notes.append(f"drift not measured: {error}")
+
+
+PLANNING = (
+    Pass("capture", _capture, ensures=("graph",)),
+    Pass("plan", _plan, requires=("graph",), ensures=("plan",)),
+)
+REWRITING = (
+    *PLANNING,
+    Pass("edit", _edit, requires=("plan",), ensures=("edited",)),
+    Pass("transfer", _transfer, requires=("edited",), ensures=("tensors",)),
+    Pass("verify", _verify, requires=("edited",)),
+)
+
+
+class PassManager:
+    """Runs passes in order, checks what each requires and ensures, and times it.
+
+    Args:
+        watch: called with the name of each pass before it runs (progress).
+    """
+
+    def __init__(self, passes: Sequence[Pass], *, watch: Callable[[str], None] | None = None) -> None:
+        self.passes = list(passes)
+        self._watch = watch or (lambda name: None)
+
+    def insert(self, extra: Sequence[Pass]) -> PassManager:
+        """Add passes of the user's own, each after the pass it names."""
+        for one in extra:
+            names = [p.name for p in self.passes]
+            if one.after and one.after not in names:
+                raise ConvrewriteError(f"pass '{one.name}' wants to follow '{one.after}'", fix=f"passes: {', '.join(names)}")
+            self.passes.insert(names.index(one.after) + 1 if one.after else len(names), one)
+        return self
+
+    def run(self, work: Work) -> Work:
+        """Run all passes on `work`."""
+        for one in self.passes:
+            self._check(one, "requires", one.requires, work)
+            self._watch(one.name)
+            begun = time.perf_counter()
+            one.run(work)
+            work.timings[one.name] = time.perf_counter() - begun
+            self._check(one, "ensures", one.ensures, work)
+        return work
+
+    @staticmethod
+    def _check(one: Pass, word: str, fields: Sequence[str], work: Work) -> None:
+        for name in fields:
+            if getattr(work, name) in (None, ()) and not (name == "tensors" and not work.model.state_dict()):
+                raise ConvrewriteError(f"pass '{one.name}' {word} '{name}', which is not set")
+
+
+def inspect(model: nn.Module, *, example: Example = None) -> tuple[Site, ...]:
+    """Every convolution of `model` as a `Site`, in forward order.
+
+    Args:
+        example: input shape such as (1, 3, 224, 224), a tensor, or a tuple of inputs.
+    """
+    return annotate(capture(model, example_of(model, example))).sites
+
+
+def plan(
+    model: nn.Module,
+    rules: Any,
+    *,
+    start: str | None = None,
+    example: Example = None,
+    seed: int = 0,
+    overrides: Mapping[tuple[str, str], Any] | None = None,
+    name: str | None = None,
+) -> Plan:
+    """What `rules` would change on `model`; nothing is changed. Arguments as for `rewrite`."""
+    work = _work(model, rules, start, example, seed, overrides, name, None)
+    found = PassManager(PLANNING).run(work).plan
+    assert found is not None
+    return found
+
+
+def rewrite(
+    model: nn.Module,
+    rules: Any,
+    *,
+    start: str | None = None,
+    example: Example = None,
+    seed: int = 0,
+    overrides: Mapping[tuple[str, str], Any] | None = None,
+    passes: Sequence[Pass] = (),
+    force: bool = False,
+    name: str | None = None,
+    source: Mapping[str, Any] | None = None,
+    watch: Callable[[str], None] | None = None,
+) -> Rewritten:
+    """A rewritten copy of `model` and the report; `model` is untouched.
+
+    Args:
+        model: any nn.Module that holds 2-D convolutions.
+        rules: a built-in name ("acmix"), a path, a dict, Rule or RuleFile objects, a list of these, or a `Plan`.
+        start: "exact", "fitted" or "fresh"; overrides the rules' own.
+        example: input shape such as (1, 3, 224, 224), a tensor, or a tuple of inputs.
+        seed: fixes the new blocks' initialisation.
+        overrides: (rule id or "*", option) -> value.
+        passes: passes of your own, each placed by its `after`.
+        force: return the model even if a law is broken; the report says so.
+
+    Raises:
+        RuleError: a rule is wrong or matched nothing. PlanError: a given plan does not fit.
+        LawError: the rewritten model broke a law (unless `force`).
+    """
+    work = _work(model, rules, start, example, seed, overrides, name, source)
+    PassManager(REWRITING, watch=watch).insert(passes).run(work)
+    assert work.edited is not None
+    report = report_of(work, forced=force)
+    broken = [law for law in report.laws if law.status == "broken"]
+    if broken and not force:
+        lines = "; ".join(f"{law.law}: {law.detail}" for law in broken)
+        raise LawError(f"the rewritten model breaks a law: {lines}", where=work.name, fix="--force emits it all the same")
+    return Rewritten(work.edited.model, report)
+
+
+def report_of(work: Work, *, forced: bool = False) -> Report:
+    """The report of a finished run."""
+    assert work.plan is not None and work.graph is not None
+    broken = any(law.status == "broken" for law in work.laws)
+    return Report(
+        plan=work.plan,
+        sites=work.graph.sites,
+        tensors=work.tensors,
+        laws=work.laws,
+        drift=work.drift,
+        timings=dict(work.timings),
+        forced=forced and broken,
+        notes=tuple(work.notes),
+    )
+
+
+def rule_files(rules: Any) -> tuple[RuleFile, ...]:
+    """Rule files from whatever `rewrite` takes."""
+    if isinstance(rules, Rule):
+        return (load_rules(RuleFile(version=1, rules=[rules])),)
+    if isinstance(rules, (list, tuple)):
+        if rules and all(isinstance(r, Rule) for r in rules):
+            return (load_rules(RuleFile(version=1, rules=list(rules))),)
+        return tuple(f for r in rules for f in rule_files(r))
+    return (load_rules(rules),)
+
+
+def example_of(model: nn.Module, example: Example) -> tuple[Any, ...]:
+    """Example inputs as a tuple; shapes become meta tensors in the model's dtype."""
+    if example is None:
+        example = _own_shape(model)
+    if isinstance(example, Tensor):
+        return (example,)
+    if isinstance(example, (tuple, list)) and example and all(isinstance(s, int) for s in example):
+        if any(s < 0 for s in example):
+            raise ConvrewriteError(f"input shape {tuple(example)} has a negative size", fix="write (1, 3, 224, 224)")
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        return (torch.empty(tuple(example), dtype=dtype, device="meta"),)
+    if isinstance(example, tuple) and example:
+        return example
+    raise ConvrewriteError(
+        f"example is {type(example).__name__}", fix="give a shape (1, 3, 224, 224), a tensor or a tuple of inputs"
+    )
+
+
+def real_example(model: nn.Module, example: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The example with values: meta tensors become noise on the model's device, a batch of one becomes two."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+
+    def real(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_meta:
+            return value.to(device) if isinstance(value, Tensor) else value
+        shape = list(value.shape)
+        if shape and shape[0] == 1:
+            shape[0] = 2  # batch statistics of a single 1x1 map are undefined
+        return torch.randn(shape, generator=generator).to(device=device, dtype=value.dtype)
+
+    return tuple(real(v) for v in example)
+
+
+def _own_shape(model: nn.Module) -> tuple[int, ...]:
+    """The shape the model says it wants (timm's config), its first convolution's channels, or 1x3x224x224."""
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    size = config.get("input_size") if isinstance(config, dict) else None
+    if size:
+        return (1, *size)
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    return (1, first.in_channels, *DEFAULT_SHAPE[2:]) if first is not None else DEFAULT_SHAPE
+
+
+def _work(
+    model: Any,
+    rules: Any,
+    start: str | None,
+    example: Example,
+    seed: int,
+    overrides: Mapping[tuple[str, str], Any] | None,
+    name: str | None,
+    source: Mapping[str, Any] | None,
+) -> Work:
+    if not isinstance(model, nn.Module):
+        raise ConvrewriteError(f"model is {type(model).__name__}, not an nn.Module", fix="build it first")
+    if start not in (None, "exact", "fitted", "fresh"):
+        raise ConvrewriteError(f"unknown start '{start}'", fix="exact, fitted or fresh")
+    given = rules if isinstance(rules, Plan) else None
+    files = () if given is not None else rule_files(rules)
+    if given is not None and example is None:
+        example = given.input_shape
+    label = name or type(model).__name__
+    return Work(
+        model, example_of(model, example), label, files, start, overrides or {}, seed, source, given=given
+    )
+
+
+def _replan(work: Work, model: nn.Module) -> Plan | None:
+    """Plan the same rules on the rewritten model; a rule that now finds nothing left is what is wanted."""
+    plan_ = _plan_of(work)
+    files = work.rules or tuple(load_rules(dict(data)) for data in plan_.rules)
+    if not files:
+        return None
+    graph = annotate(capture(model, work.example))
+    shape = _shape(work.example)
+    return make_plan(
+        model, graph, files, name=work.name, input_shape=shape, start=work.start, overrides={}, seed=work.seed
+    )
+
+
+def _plan_of(work: Work) -> Plan:
+    assert work.plan is not None
+    return work.plan
+
+
+def _shape(example: tuple[Any, ...]) -> tuple[int, ...]:
+    first = next((v for v in example if isinstance(v, Tensor)), None)
+    return tuple(first.shape) if first is not None else ()

@@ -1,0 +1,348 @@
+"""From matches to a plan: options resolved, blocks asked whether they fit, starts chosen, budgets kept. Edits nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from pydantic import ValidationError
+from torch import nn
+
+from convrewrite.annotate import Graph
+from convrewrite.blocks.base import BLOCKS, Block, BlockOptions
+from convrewrite.blocks.blend import blend_cost
+from convrewrite.errors import ConvrewriteError, PlanError, RuleError, closest
+from convrewrite.graphs import obstacle
+from convrewrite.match import Candidate, correct_roles, facts_of, match
+from convrewrite.match import resolve_options as resolve
+from convrewrite.plans import Edit, Funnel, Plan, Refusal, Totals, digest
+from convrewrite.rulefile import RuleFile
+from convrewrite.sites import Cost, Place, Site
+from convrewrite.stands import inserted_at
+
+_PACKAGES = ("convrewrite", "torch", "torchvision", "timm")
+
+
+@dataclass
+class _Draft:
+    """A plan in the making."""
+
+    graph: Graph
+    model: nn.Module
+    start: str | None
+    overrides: Mapping[tuple[str, str], Any]
+    used: set[tuple[str, str]] = field(default_factory=set)
+    edits: list[Edit] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+    owners: dict[str, str] = field(default_factory=dict)
+
+
+def make_plan(
+    model: nn.Module,
+    graph: Graph,
+    files: Sequence[RuleFile],
+    *,
+    name: str,
+    input_shape: tuple[int, ...],
+    start: str | None = None,
+    overrides: Mapping[tuple[str, str], Any] | None = None,
+    seed: int = 0,
+) -> Plan:
+    """The plan of `files` on `model`.
+
+    Args:
+        graph: the annotated capture of `model`.
+        start: overrides every rule's own start.
+        overrides: (rule id or "*", option) -> value, from ``--set``.
+
+    Raises:
+        RuleError: an option is wrong, or a rule's expectation is not met.
+    """
+    draft = _Draft(graph, model, start, overrides or {})
+    funnels: list[Funnel] = []
+    notes: list[str] = []
+    for file in files:
+        sites = correct_roles(graph.sites, file)
+        result = match(sites, file)
+        draft.refused.extend(result.refused)
+        before = len(draft.edits)
+        for candidate in result.candidates:
+            _consider(draft, file, candidate)
+        kept, dropped = _within_budget(draft, file, draft.edits[before:])
+        draft.edits[before:] = kept
+        draft.refused.extend(dropped)
+        funnels.extend(_funnel(f, draft.edits) for f in result.funnels)
+        notes.extend(file.notes)
+    _check_overrides(draft)
+    notes.extend(f"{path}: not traced ({why})" for path, why in sorted(graph.captured.opaque.items()))
+    return Plan(
+        model=name,
+        fingerprint=fingerprint(model, graph),
+        rules=tuple(f.to_data() for f in files),
+        input_shape=input_shape,
+        seed=seed,
+        edits=tuple(draft.edits),
+        refused=tuple(draft.refused),
+        funnels=tuple(funnels),
+        totals=totals(model, graph, draft.edits),
+        notes=tuple(dict.fromkeys(notes)),
+        versions=versions(),
+    )
+
+
+def fingerprint(model: nn.Module, graph: Graph) -> str:
+    """Hash of what a plan depends on: the sites' structure and the state dict's keys and shapes."""
+    sites = [[s.id, s.op, asdict(s.conv), list(s.in_shape), list(s.out_shape), s.rewritten] for s in graph.sites]
+    state = [[k, list(v.shape)] for k, v in model.state_dict().items()]
+    return digest([sites, state])
+
+
+def check_fits(plan: Plan, model: nn.Module, graph: Graph) -> None:
+    """Refuse a plan that was made for another model, naming the first site that differs."""
+    if fingerprint(model, graph) == plan.fingerprint:
+        return
+    now = {s.id: s for s in graph.sites}
+    for edit in plan.edits:
+        site = now.get(edit.site.id)
+        if site is None:
+            raise PlanError(
+                "the plan does not fit the model: no such site",
+                where=edit.site.id,
+                fix=closest(edit.site.id, now) or "make a new plan",
+            )
+        if (site.conv, site.in_shape, site.rewritten) != (edit.site.conv, edit.site.in_shape, edit.site.rewritten):
+            raise PlanError(
+                f"the plan does not fit the model: {_differs(edit.site, site)}", where=site.id, fix="make a new plan"
+            )
+    raise PlanError(
+        "the plan does not fit the model: its sites or state-dict shapes changed", where=plan.model, fix="make a new plan"
+    )
+
+
+def _differs(old: Site, new: Site) -> str:
+    for what in ("conv", "in_shape", "rewritten"):
+        if getattr(old, what) != getattr(new, what):
+            return f"{what} was {getattr(old, what)}, is {getattr(new, what)}"
+    return "it differs"
+
+
+def totals(model: nn.Module, graph: Graph, edits: Iterable[Edit]) -> Totals:
+    """Parameters and FLOPs of the whole model before and after."""
+    params = sum(p.numel() for p in model.parameters())
+    flops = graph.captured.linear_flops + sum(s.flops for s in graph.sites)
+    edits = list(edits)
+    return Totals(
+        params,
+        params + sum(e.after.params - e.before.params for e in edits),
+        flops,
+        flops + sum(e.after.flops - e.before.flops for e in edits),
+        sum(1 for s in graph.sites if s.op == "conv2d"),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a plan's result depends on."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _consider(draft: _Draft, file: RuleFile, candidate: Candidate) -> None:
+    """Turn one candidate into an edit, or into a refusal with the reason."""
+    site, rule = candidate.site, candidate.rule
+    label = f"{file.name}/{rule.id}" if file.name else rule.id
+    found = _edit(draft, file, candidate, label)
+    if isinstance(found, Edit):
+        owner = draft.owners.setdefault(found.id, label)
+        if owner != label:
+            found = ("claimed", f"claimed by rule {owner}")
+        else:
+            draft.edits.append(found)
+            return
+    clause, reason = found
+    draft.refused.append(Refusal(site, label, clause, reason))
+
+
+def _edit(draft: _Draft, file: RuleFile, candidate: Candidate, label: str) -> Edit | tuple[str, str]:
+    site, rule = candidate.site, candidate.rule
+    if site.op != "conv2d":
+        return "op", f"{site.op} is out of scope, only conv2d is rewritten"
+    if len(site.in_shape) != 4 or len(site.out_shape) != 4:
+        return "op", "no call of it was seen, so its shapes are unknown" if not site.calls else "its input is not 4-D"
+    calls = [s for s in draft.graph.sites if s.id in candidate.calls]
+    target = _target(draft, site, rule)
+    if isinstance(target[0], tuple):
+        return target[0]
+    path, at, place = target
+    assert isinstance(path, str) and isinstance(place, Place)
+    cls, options = _block(draft, file, candidate, place)
+    if rule.action not in cls.actions:
+        return "block", f"{cls.name} cannot {rule.action}, it can {' or '.join(cls.actions)}"
+    reason = cls.refuse(place, options)
+    if reason:
+        return "block", f"{cls.name}: {reason}"
+    start = draft.start or rule.start
+    how = _how(cls, rule.action, start)
+    if how is None:
+        return "start", f"{cls.name} has no {start} start for {rule.action}, set start: fresh"
+    if site.kind == "functional" and rule.action == "replace":
+        found = obstacle(draft.model, site.path)
+        if found or site.calls > 1:
+            return "functional", found or f"it is called {site.calls} times"
+    before, after = _costs(cls, options, calls if at == "" else [site], place, how, replaced=at == "")
+    return Edit(
+        id=path if at == "" else f"{path} {at}",
+        site=site,
+        rule=label,
+        action=rule.action,
+        at=at,
+        path=path,
+        block=cls.name,
+        options=options.model_dump(mode="json"),
+        start=start,  # type: ignore[arg-type]
+        how=how,
+        calls=tuple(s.id for s in calls),
+        in_shape=place.in_shape,
+        out_shape=place.out_shape,
+        before=before,
+        after=after,
+    )
+
+
+def _target(draft: _Draft, site: Site, rule: Any) -> tuple[Any, str, Place | None]:
+    """(path, at, place) of the edit; a pair (clause, reason) in place of the path where there is none."""
+    if rule.action == "replace":
+        height, width = site.conv.out_size(site.in_shape[2], site.in_shape[3])
+        if (height, width) != site.out_shape[2:]:
+            seen = "x".join(map(str, site.out_shape[2:]))
+            return ("op", f"{site.module_class} gives {seen} where its padding says {height}x{width}"), "", None
+        return site.path, "", site.place()
+    insert = rule.insert
+    at, anchor = insert.at, insert.anchor
+    if anchor == "here":
+        path: str | None = site.path if site.kind == "module" else None
+        shape = site.out_shape if at == "after" else site.in_shape
+    elif anchor == "block":
+        path, shape = (site.block_path, site.block_shape) if at == "after" else (site.block_entry, site.block_in_shape)
+    else:
+        path, shape = site.stage_path, site.stage_shape
+    if path is None or len(shape) != 4:
+        return ("insert", f"no module's {'output' if at == 'after' else 'input'} is that of its {anchor}"), "", None
+    standing = inserted_at(draft.model.get_submodule(path), at)
+    if standing:
+        return ("rewritten", f"{standing} already inserted a block {at} {path}"), "", None
+    return path, at, Place(shape, shape)
+
+
+def _block(draft: _Draft, file: RuleFile, candidate: Candidate, place: Place) -> tuple[type[Block], BlockOptions]:
+    """The block's class and its options, expressions evaluated over the site's facts."""
+    rule = candidate.rule
+    where = file.where(rule.id) or f"{file.name}/{rule.id}"
+    try:
+        cls = BLOCKS.get(rule.change.block)
+    except ConvrewriteError as error:
+        raise RuleError(error.what, where=where, fix=error.fix) from None
+    raw = dict(rule.change.options)
+    for (rule_id, option), value in draft.overrides.items():
+        if rule_id in (rule.id, "*", f"{file.name}/{rule.id}"):
+            raw[option] = value
+            draft.used.add((rule_id, option))
+    fields = {name: _kind_of(info.annotation) for name, info in cls.Options.model_fields.items()}
+    unknown = next((key for key in raw if key not in fields), None)
+    if unknown is not None:
+        hint = closest(unknown, fields) or f"options of {cls.name}: {', '.join(fields)}"
+        raise RuleError(f"{cls.name} has no option '{unknown}'", where=where, fix=hint)
+    try:
+        values = resolve(raw, fields, facts_of(candidate.site, draft.graph.sites, file))
+        return cls, cls.Options(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = ".".join(map(str, first["loc"])) or "options"
+        message = f"{cls.name}.{option}: {first['msg'].lower()}, got {first['input']!r}"
+        raise RuleError(message, where=where, fix=f"see 'convrewrite blocks {cls.name}'") from None
+    except ConvrewriteError as error:
+        raise RuleError(f"{candidate.site.id}: {error.what}", where=where, fix=error.fix) from None
+
+
+def _kind_of(annotation: Any) -> str:
+    text = str(annotation)
+    return "number" if annotation in (int, float) or "int" in text or "float" in text else "text"
+
+
+def _how(cls: type[Block], action: str, start: str) -> str | None:
+    """What makes the start what it is, or None where the block has no such start."""
+    if start == "fresh":
+        return "paper's init"
+    if start == "exact":
+        return "blend" if action == "replace" else ("zero gate" if cls.exact else None)
+    return None
+
+
+def _costs(
+    cls: type[Block], options: BlockOptions, calls: Sequence[Site], place: Place, how: str, *, replaced: bool
+) -> tuple[Cost, Cost]:
+    """Cost of what stood there and of what will; parameters once, work once per call."""
+    before, after = Cost(), Cost()
+    for i, site in enumerate(calls):
+        here = site.place() if replaced else place
+        old = site.cost if replaced else Cost()
+        new = cls.cost(here, options)
+        if how == "blend" and here.conv is not None:
+            new = blend_cost(here.conv, here, new)
+        if i:
+            old, new = replace(old, params=0), replace(new, params=0)
+        before, after = before + old, after + new
+    return before, after
+
+
+def _within_budget(draft: _Draft, file: RuleFile, edits: list[Edit]) -> tuple[list[Edit], list[Refusal]]:
+    """The edits that fit the file's budget, taken greedily in order of `prefer`."""
+    budget = file.budget
+    if budget is None:
+        return edits, []
+    earlier = totals(draft.model, draft.graph, [e for e in draft.edits if e not in edits])
+    params, flops = earlier.params_after, earlier.flops_after
+    most_params = budget.params.most(earlier.params_before) if budget.params else float("inf")
+    most_flops = budget.flops.most(earlier.flops_before) if budget.flops else float("inf")
+    kept: list[Edit] = []
+    dropped: list[Refusal] = []
+    for edit in sorted(edits, key=lambda e: _preference(e.site, budget.prefer)):
+        more_params, more_flops = edit.after.params - edit.before.params, edit.after.flops - edit.before.flops
+        over = None
+        if more_params > 0 and params + more_params > most_params:
+            over = f"params would be {params + more_params:,}, budget {int(most_params):,}"
+        elif more_flops > 0 and flops + more_flops > most_flops:
+            over = f"FLOPs would be {flops + more_flops:,}, budget {int(most_flops):,}"
+        if over:
+            dropped.append(Refusal(edit.site, edit.rule, "budget", over))
+        else:
+            kept.append(edit)
+            params, flops = params + more_params, flops + more_flops
+    order = {e.id: i for i, e in enumerate(edits)}
+    return sorted(kept, key=lambda e: order[e.id]), dropped
+
+
+def _preference(site: Site, prefer: str) -> tuple[float, int]:
+    key = prefer.lstrip("-")
+    value = site.in_shape[2] * site.in_shape[3] if key == "area" else getattr(site, key) or 0
+    return (-value if prefer.startswith("-") else value), site.index
+
+
+def _funnel(funnel: Funnel, edits: Sequence[Edit]) -> Funnel:
+    return replace(funnel, edits=sum(1 for e in edits if e.rule == funnel.rule))
+
+
+def _check_overrides(draft: _Draft) -> None:
+    for key in draft.overrides:
+        if key not in draft.used:
+            raise RuleError(
+                f"--set {key[0]}.{key[1]}: no edit takes it", fix="write RULE.option=value with a rule that matches"
+            )
+
+

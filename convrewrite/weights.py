@@ -1,0 +1,210 @@
+"""Weights into a model: from a zoo by name, or from a local file that is never unpickled beyond tensors."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from convrewrite.errors import ConvrewriteError, SourceError
+
+if TYPE_CHECKING:
+    from convrewrite.sources import Source
+
+_SUFFIXES = (".pth", ".pt", ".safetensors", ".bin", ".ckpt", ".tar", ".th")
+_INSIDE = ("state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema")
+_PREFIXES = ("module.", "_orig_mod.")
+_SHOWN = 3
+# torchvision's DenseNet files are older than its module names; their builder renames the keys in the same way.
+_OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
+
+
+def is_file(weights: str) -> bool:
+    """True if `weights` is the path of a file rather than a name of weights in a zoo."""
+    path = Path(weights)
+    return path.suffix.lower() in _SUFFIXES or len(path.parts) > 1 or path.is_file()
+
+
+def load_weights(model: nn.Module, spec: str, source: Source) -> None:
+    """Load `spec` into `model`, all of it or nothing.
+
+    Args:
+        model: on the meta device it is only checked that a file fits.
+        spec: ``DEFAULT`` or the name of weights of the model's zoo, or a file: a ``.safetensors``, or a
+            ``torch.save`` of a state dict, alone or under ``state_dict``, ``model``, ``model_state_dict`` or
+            ``state_dict_ema``, with or without the ``module.`` of DataParallel.
+        source: where `model` came from.
+
+    Raises:
+        SourceError: there are no such weights, they cannot be read, or they do not fit.
+    """
+    state = read_state(Path(spec)) if is_file(spec) else _of_zoo(spec, source)
+    wanted = model.state_dict()
+    state = _adapted(state, wanted)
+    _check_fit(state, wanted, spec, source)
+    if not any(value.is_meta for value in wanted.values() if isinstance(value, Tensor)):
+        load_exactly(model, state)
+
+
+def load_exactly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy `state`, which has precisely the keys of `model`, into it.
+
+    The keys' version notes are the model's own: MNASNet refuses a state dict without them.
+    """
+    noted: Any = model.state_dict()
+    for key, value in state.items():
+        noted[key] = value
+    model.load_state_dict(noted, strict=True)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The state dict in a file, freed of wrappings; tensors on the CPU.
+
+    Raises:
+        SourceError: there is no such file, or it holds anything but tensors.
+    """
+    if not path.is_file():
+        raise SourceError("there is no such file", where=str(path))
+    found = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_torch(path)
+    found = _unwrapped(found)
+    if not isinstance(found, Mapping) or not found:
+        kind = "an empty dictionary" if isinstance(found, Mapping) else f"a {type(found).__name__}"
+        raise SourceError(f"this is {kind}, not a state dict", where=str(path))
+    strange = [str(key) for key, value in found.items() if not isinstance(value, Tensor) or not isinstance(key, str)]
+    if strange:
+        raise SourceError(f"these entries are not tensors: {_some(strange)}", where=str(path), fix="save a state dict")
+    return dict(found)
+
+
+def _read_safetensors(path: Path) -> Any:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise SourceError(f"not a readable safetensors file ({_first_line(error)})", where=str(path)) from error
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about TorchScript archives, which are refused below
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _not_only_tensors(path, str(error)) from error
+    except Exception as error:  # truncated and foreign files end in any of a dozen exceptions
+        if "TorchScript" in str(error):
+            raise SourceError(
+                "this is a TorchScript program, not a state dict",
+                where=str(path),
+                fix="save torch.jit.load(file).state_dict() instead",
+            ) from error
+        raise SourceError(f"not a readable checkpoint ({_first_line(error)})", where=str(path)) from error
+
+
+def _not_only_tensors(path: Path, message: str) -> SourceError:
+    name = re.search(r"GLOBAL ([\w.]+)", message)
+    if name is None:
+        return SourceError("not a readable checkpoint", where=str(path), fix="save a state dict with torch.save")
+    return SourceError(
+        f"the file holds a pickled {name.group(1)}, and pickles are not loaded",
+        where=str(path),
+        fix="save only the tensors: torch.save(model.state_dict(), file)",
+    )
+
+
+def _unwrapped(found: Any) -> Any:
+    while isinstance(found, Mapping) and not any(isinstance(value, Tensor) for value in found.values()):
+        inner = next((found[key] for key in _INSIDE if isinstance(found.get(key), Mapping)), None)
+        if inner is None:
+            break
+        found = inner
+    return found
+
+
+def _of_zoo(spec: str, source: Source) -> dict[str, Tensor]:
+    from convrewrite.sources.base import SOURCES, one_line
+
+    if source.recipe is None:
+        raise SourceError(f"a module has no weights called '{spec}'", where=source.name, fix="give a file")
+    try:
+        return dict(SOURCES.get(source.recipe["kind"]).pretrained(source.recipe, spec))
+    except ConvrewriteError:
+        raise
+    except Exception as error:  # the network, the hub, a full disk, a broken download
+        raise SourceError(
+            f"the weights '{spec}' could not be fetched ({one_line(error)})",
+            where=source.name,
+            fix="check the network, or give a local file with --weights",
+        ) from error
+
+
+def _adapted(state: dict[str, Tensor], wanted: Mapping[str, Any]) -> dict[str, Tensor]:
+    """`state` with its keys as the model spells them, as far as that is certain."""
+    for prefix in _PREFIXES * 2:  # module._orig_mod. and _orig_mod.module. both occur
+        if all(key.startswith(prefix) for key in state) and not all(key.startswith(prefix) for key in wanted):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    renamed = {_OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
+    if renamed.keys() != state.keys() and renamed.keys() & wanted.keys() > state.keys() & wanted.keys():
+        state = renamed
+    heads = ("aux1.", "aux2.", "AuxLogits.", "aux_classifier.")  # training-only heads the model was built without
+    state = {
+        key: value for key, value in state.items() if not (key.startswith(heads) and not _has_any(wanted, key))
+    }
+    for key, value in wanted.items():  # batch norms had no such counter before torch 0.4.1
+        if key.endswith("num_batches_tracked") and key not in state and isinstance(value, Tensor):
+            state[key] = value
+    return state
+
+
+def _has_any(wanted: Mapping[str, Any], key: str) -> bool:
+    head = key.split(".", 1)[0] + "."
+    return any(name.startswith(head) for name in wanted)
+
+
+def _check_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Any], spec: str, source: Source) -> None:
+    missing = [key for key in wanted if key not in state]
+    unexpected = [key for key in state if key not in wanted]
+    reshaped = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
+    if not (missing or unexpected or reshaped):
+        return
+    asked = ((source.recipe or {}).get("options") or {}).get("num_classes")
+    shapes = [f"{key} {tuple(state[key].shape)}, wanted {tuple(wanted[key].shape)}" for key in reshaped]
+    parts = [
+        f"{len(found)} {label} ({_some(found)})"
+        for label, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if found
+    ]
+    raise SourceError(
+        f"the weights do not fit {source.name}: {'; '.join(parts)}",
+        where=spec,
+        fix=_advice(missing + unexpected, {key: (state[key], wanted[key]) for key in reshaped}, asked),
+    )
+
+
+def _advice(keys: list[str], reshaped: Mapping[str, tuple[Tensor, Tensor]], asked: int | None) -> str:
+    classes = {(theirs.shape[:1], ours.shape[:1]) for theirs, ours in reshaped.values()}
+    rest = all(theirs.shape[1:] == ours.shape[1:] for theirs, ours in reshaped.values())
+    if not keys and rest and len(classes) == 1 and len(reshaped) <= 2 and next(iter(classes))[0]:
+        number = next(iter(classes))[0][0]
+        if asked is not None:
+            return f"the head was built with --num-classes {asked}: give {number} or weights trained with {asked} classes"
+        return f"build the head for these weights with --num-classes {number}"
+    return "they are of another architecture, or of another build of this one"
+
+
+def _some(items: list[str]) -> str:
+    more = f", and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
+    return ", ".join(items[:_SHOWN]) + more
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:120]

@@ -1,0 +1,13 @@
+"""Tests of the blocks, and what they share: one tolerance per dtype."""
+
+from __future__ import annotations
+
+import torch
+
+TOLERANCE = {
+    torch.float64: {"rtol": 1e-10, "atol": 1e-10},
+    torch.float32: {"rtol": 1e-4, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 5e-2, "atol": 5e-2},
+    torch.float16: {"rtol": 1e-2, "atol": 1e-2},
+}
+EXPORT = {"rtol": 1e-4, "atol": 1e-4}
