@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from convrewrite.errors import RuleError
 from convrewrite.plans import Refusal
-from convrewrite.ruleschema import Expect, Rule, Wish
+from convrewrite.ruleschema import Expect, Rule
+from convrewrite.rulevalues import Wish
 from convrewrite.selectors.wanted import name_test
 from convrewrite.sites import Site
 
@@ -60,9 +61,7 @@ def unmet(
         what = f"{_sites(len(found))}, expected {rule.expect.sites}: {funnel_text(steps)}"
         fix = f"nearest: {near}" if len(found) < rule.expect.sites.least and (near := nearest(refused)) else None
         lines.append(str(RuleError(f"rule '{rule.id}': {what}", where=where, fix=fix)))
-    return lines + [
-        str(RuleError(f"rule '{rule.id}': {what}", where=where)) for what in _misplaced(rule.expect, found)
-    ]
+    return lines + [str(RuleError(f"rule '{rule.id}': {what}", where=where)) for what in _misplaced(rule.expect, found)]
 
 
 def unmet_in_all(expect: Expect, where: str, found: Sequence[Site]) -> list[str]:

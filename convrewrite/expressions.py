@@ -7,16 +7,16 @@ bounded, so that ``9**9**9`` is an error and not a hang.
 from __future__ import annotations
 
 import ast
-import math
-import operator
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from convrewrite.arithmetic import ARITHMETIC, COMPARISONS, FUNCTIONS, SIGNS
 from convrewrite.errors import RuleError, closest
-from convrewrite.sites import ROLES, Site
+from convrewrite.facts import FACTS
+from convrewrite.sites import ROLES
 
 Value = int | float | bool | str
 Kind = Literal["truth", "number", "text", "any"]
@@ -26,98 +26,11 @@ MAX_DEPTH = 24
 MAX_EXPONENT = 64
 MAX_MAGNITUDE = 10**18
 
-FACTS: dict[str, str] = {
-    "in_channels": "channels of the input",
-    "out_channels": "channels of the output",
-    "kernel": "kernel size; no value where height and width differ",
-    "stride": "stride; no value where height and width differ",
-    "dilation": "dilation; no value where height and width differ",
-    "groups": "groups of the convolution",
-    "h": "height of the input",
-    "w": "width of the input",
-    "h_out": "height of the output",
-    "w_out": "width of the output",
-    "area": "h * w",
-    "area_out": "h_out * w_out",
-    "stage": "0 for the stem, then 1, 2, ... by resolution",
-    "stage_from_end": "1 for the last stage",
-    "n_stages": "number of the last stage",
-    "block": "index of the block in its stage, from 0",
-    "block_from_end": "1 for the last block of its stage",
-    "position": "place of the convolution on its block's branch, from 1",
-    "index": "place of the convolution in the whole network, from 0",
-    "params": "parameters of the convolution",
-    "flops": "its floating point operations, 2 per multiply-add",
-    "role": "the role, as text",
-}
-"""Every name an expression may use, besides ``vars.NAME``."""
-
 
 class MissingFactError(RuleError):
     """An expression asks for a fact that this site does not have."""
 
 
-def _clamp(value: float, low: float, high: float) -> float:
-    if low > high:
-        raise ValueError(f"clamp needs low <= high, got {low} and {high}")
-    return max(low, min(value, high))
-
-
-def _whole(value: float, what: str) -> int:
-    if isinstance(value, float) and not value.is_integer():
-        raise ValueError(f"{what} needs whole numbers, got {value}")
-    return int(value)
-
-
-def _gcd(first: float, second: float) -> int:
-    return math.gcd(_whole(first, "gcd"), _whole(second, "gcd"))
-
-
-def _round_to(value: float, step: float) -> float:
-    """The multiple of `step` nearest to `value`, halves up, at least one step."""
-    if step <= 0:
-        raise ValueError(f"round_to needs a step above 0, got {step}")
-    return max(step, math.floor(value / step + 0.5) * step)
-
-
-def _divisor_near(value: float, target: float) -> int:
-    """The divisor of `value` nearest to `target`; of two equally near the smaller."""
-    number = _whole(value, "divisor_near")
-    if not 1 <= number <= 10**9:
-        raise ValueError(f"divisor_near needs a number from 1 to 10**9, got {number}")
-    low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return min((*low, *(number // d for d in low)), key=lambda d: (abs(d - target), d))
-
-
-FUNCTIONS: dict[str, tuple[int, int, Callable[..., Any]]] = {
-    "min": (2, 16, min),
-    "max": (2, 16, max),
-    "clamp": (3, 3, _clamp),
-    "gcd": (2, 2, _gcd),
-    "round_to": (2, 2, _round_to),
-    "divisor_near": (2, 2, _divisor_near),
-    "iff": (3, 3, lambda condition, yes, no: yes if condition else no),
-}
-"""Name -> (fewest arguments, most arguments, function). ``if(c, a, b)`` is another spelling of ``iff``."""
-
-_ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
-}
-_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
-    ast.Eq: operator.eq,
-    ast.NotEq: operator.ne,
-    ast.Lt: operator.lt,
-    ast.LtE: operator.le,
-    ast.Gt: operator.gt,
-    ast.GtE: operator.ge,
-}
-_SIGNS: dict[type[ast.unaryop], Callable[[Any], Any]] = {ast.USub: operator.neg, ast.UAdd: operator.pos}
 _IF = re.compile(r"\bif(?=\s*\()")
 _SPELLED_IF = "IF"  # as long as "if", so that columns stay true
 
@@ -174,33 +87,6 @@ def parse(text: str, variables: Collection[str] | None = None) -> Expression:
     return Expression(text, names, _kind(tree), tree)
 
 
-def site_facts(site: Site, n_stages: int = 0, variables: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The facts of `site` under the names that expressions use; None for what the site does not have."""
-    (h, w), (h_out, w_out) = _size(site.in_shape), _size(site.out_shape)
-    return {
-        **{name: getattr(site, name) for name in FACTS if hasattr(site, name)},
-        "kernel": _one(site.kernel),
-        "stride": _one(site.stride),
-        "dilation": _one(site.dilation),
-        "h": h,
-        "w": w,
-        "h_out": h_out,
-        "w_out": w_out,
-        "area": h * w if h is not None and w is not None else None,
-        "area_out": h_out * w_out if h_out is not None and w_out is not None else None,
-        "n_stages": n_stages,
-        "vars": dict(variables or {}),
-    }
-
-
-def _size(shape: tuple[int, ...]) -> tuple[int | None, int | None]:
-    return (shape[-2], shape[-1]) if len(shape) == 4 else (None, None)
-
-
-def _one(pair: tuple[int, int]) -> int | None:
-    return pair[0] if len(set(pair)) == 1 else None
-
-
 def _shown(text: str) -> str:
     """The expression as it stands in messages: one printable line, not too long."""
     clean = text if text.isprintable() else ascii(text)[1:-1]
@@ -229,11 +115,11 @@ def _check(node: ast.expr, text: str, variables: Collection[str] | None, depth: 
                 raise _complaint(text, column, f"unknown variable 'vars.{node.attr}'", fix)
         case ast.Call(func=ast.Name(), keywords=[]):
             _check_call(node, text, column)
-        case ast.Compare() if all(type(op) in _COMPARISONS for op in node.ops):
+        case ast.Compare() if all(type(op) in COMPARISONS for op in node.ops):
             _check_roles(node, text, column)
-        case ast.BinOp() if type(node.op) in _ARITHMETIC:
+        case ast.BinOp() if type(node.op) in ARITHMETIC:
             pass
-        case ast.UnaryOp() if type(node.op) in _SIGNS or isinstance(node.op, ast.Not):
+        case ast.UnaryOp() if type(node.op) in SIGNS or isinstance(node.op, ast.Not):
             pass
         case ast.BoolOp():
             pass
@@ -334,7 +220,7 @@ class _Evaluation:
             case ast.UnaryOp(op=ast.Not()):
                 return not self._truth(node.operand)
             case ast.UnaryOp():
-                return _SIGNS[type(node.op)](self._number(node.operand))
+                return SIGNS[type(node.op)](self._number(node.operand))
             case ast.BinOp():
                 return self._binary(node)
             case ast.Compare():
@@ -366,7 +252,7 @@ class _Evaluation:
         left, right = self._number(node.left), self._number(node.right)
         if isinstance(node.op, ast.Pow) and abs(right) > MAX_EXPONENT:
             raise RuleError(f"{_shown(self.text)}: exponent {right}, at most {MAX_EXPONENT}")
-        return self._bounded(lambda: _ARITHMETIC[type(node.op)](left, right))
+        return self._bounded(lambda: ARITHMETIC[type(node.op)](left, right))
 
     def _compare(self, node: ast.Compare) -> bool:
         left = self.of(node.left)
@@ -374,7 +260,7 @@ class _Evaluation:
             right = self.of(comparator)
             if isinstance(left, str) != isinstance(right, str):
                 raise RuleError(f"{_shown(self.text)}: compares text with a number ({left!r} and {right!r})")
-            if not _COMPARISONS[type(op)](left, right):
+            if not COMPARISONS[type(op)](left, right):
                 return False
             left = right
         return True

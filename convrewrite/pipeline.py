@@ -105,8 +105,7 @@ def _plan(work: Work) -> None:
 def _edit(work: Work) -> None:
     assert work.plan is not None
     work.edited = edit_model(work.model, work.plan)
-    stamp = provenance.Provenance(plan=work.plan, identity=identity(work.model), source=work.source)
-    provenance.attach(work.edited.model, stamp)
+    provenance.attach(work.edited.model, plan=work.plan, identity=identity(work.model), source=work.source)
 
 
 def _transfer(work: Work) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 from torch import nn
@@ -14,11 +14,11 @@ from convrewrite.annotate import Graph
 from convrewrite.blocks.base import BLOCKS, Block, BlockOptions
 from convrewrite.blocks.blend import blend_cost
 from convrewrite.errors import ConvrewriteError, PlanError, RuleError, closest
+from convrewrite.facts import site_facts
 from convrewrite.graphs import obstacle
-from convrewrite.match import Candidate, correct_roles, facts_of, match
-from convrewrite.match import resolve_options as resolve
+from convrewrite.match import Candidate, correct_roles, match
 from convrewrite.plans import Edit, Funnel, Plan, Refusal, Totals, digest
-from convrewrite.rulefile import RuleFile
+from convrewrite.rulefile import RuleFile, resolve_options
 from convrewrite.sites import Cost, Place, Site
 from convrewrite.stands import inserted_at
 
@@ -65,7 +65,8 @@ def make_plan(
     notes: list[str] = []
     for file in files:
         sites = correct_roles(graph.sites, file)
-        result = match(sites, file)
+        claimed = {call: e.rule for e in draft.edits if e.action == "replace" for call in e.calls}
+        result = match(sites, file, claimed)
         draft.refused.extend(result.refused)
         before = len(draft.edits)
         for candidate in result.candidates:
@@ -74,7 +75,7 @@ def make_plan(
         draft.edits[before:] = kept
         draft.refused.extend(dropped)
         funnels.extend(_funnel(f, draft.edits) for f in result.funnels)
-        notes.extend(file.notes)
+        notes.extend(result.notes)
     _check_overrides(draft)
     notes.extend(f"{path}: not traced ({why})" for path, why in sorted(graph.captured.opaque.items()))
     return Plan(
@@ -259,7 +260,8 @@ def _block(draft: _Draft, file: RuleFile, candidate: Candidate, place: Place) ->
         hint = closest(unknown, fields) or f"options of {cls.name}: {', '.join(fields)}"
         raise RuleError(f"{cls.name} has no option '{unknown}'", where=where, fix=hint)
     try:
-        values = resolve(raw, fields, facts_of(candidate.site, draft.graph.sites, file))
+        stages = max((s.stage or 0 for s in draft.graph.sites), default=0)
+        values = resolve_options(raw, fields, site_facts(candidate.site, stages, file.vars))
         return cls, cls.Options(**values)
     except ValidationError as error:
         first = error.errors()[0]
@@ -271,8 +273,11 @@ def _block(draft: _Draft, file: RuleFile, candidate: Candidate, place: Place) ->
 
 
 def _kind_of(annotation: Any) -> str:
-    text = str(annotation)
-    return "number" if annotation in (int, float) or "int" in text or "float" in text else "text"
+    """int, float, bool or text: what an expression for this option must give."""
+    for kind in (bool, int, float):
+        if annotation is kind or kind in get_args(annotation):
+            return kind.__name__
+    return "text"
 
 
 def _how(cls: type[Block], action: str, start: str) -> str | None:

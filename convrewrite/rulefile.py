@@ -92,7 +92,8 @@ def _builtins() -> ModuleType:
     if spec is None:
         folder = Path(__file__).resolve().parents[1] / "rules"
         spec = importlib.util.spec_from_file_location("convrewrite.rules", folder / "__init__.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -140,7 +141,7 @@ def _plain(data: Any, name: str, path: str = "", depth: int = 0) -> Any:
         return {key: _plain(value, name, f"{path}.{key}".lstrip("."), depth + 1) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
         return [_plain(item, name, f"{path}[{index}]", depth + 1) for index, item in enumerate(data)]
-    if data is None or isinstance(data, (bool, int, str)) or isinstance(data, float) and math.isfinite(data):
+    if data is None or isinstance(data, (bool, int, str)) or (isinstance(data, float) and math.isfinite(data)):
         return data
     raise RuleError(f"{printable(path)}: {show(data)} is not plain data", where=name, fix="use numbers, text and lists")
 
@@ -206,9 +207,8 @@ def _list(value: Any) -> list[Any]:
 
 def _check_matches(data: dict[str, Any], merged: dict[str, Any], problems: Problems) -> set[str]:
     """Check every match of this file; the names of the selectors that its rules and roles use."""
-    own = Compiler(problems, merged["selectors"], merged["vars"])
-    for name, match in _dict(data.get("selectors")).items():
-        own.match(match, ("selectors", name))
+    for name in _dict(data.get("selectors")):
+        Compiler(problems, merged["selectors"], merged["vars"]).named(name)
     used: set[str] = set()
     for key in ("roles", "rules"):
         for index, item in enumerate(_list(data.get(key))):
@@ -259,16 +259,10 @@ def _check_patterns(expect: dict[str, Any], path: KeyPath, problems: Problems) -
 
 def _unused(data: dict[str, Any], used: set[str], problems: Problems) -> list[str]:
     """Selectors and variables of this file that nothing in it uses: typing errors, mostly."""
-    notes = []
-    for name in _dict(data.get("selectors")):
-        if name not in used:
-            notes.append(f"{problems.where(('selectors', name))}: selectors.{name} is used by no rule")
-    rest = {key: value for key, value in data.items() if key != "vars"}
-    mentioned = set(_VARIABLE.findall(repr(rest)))
-    for name in _dict(data.get("vars")):
-        if name not in mentioned:
-            notes.append(f"{problems.where(('vars', name))}: vars.{name} is used by no expression")
-    return notes
+    mentioned = set(_VARIABLE.findall(repr({key: value for key, value in data.items() if key != "vars"})))
+    odd = [("selectors", name, "no rule") for name in _dict(data.get("selectors")) if name not in used]
+    odd += [("vars", name, "no expression") for name in _dict(data.get("vars")) if name not in mentioned]
+    return [f"{problems.where((key, name))}: {key}.{name} is used by {what}" for key, name, what in odd]
 
 
 def resolve_options(raw: Mapping[str, Any], fields: Mapping[str, str], facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -276,7 +270,7 @@ def resolve_options(raw: Mapping[str, Any], fields: Mapping[str, str], facts: Ma
 
     Args:
         raw: as written in the rule. fields: option -> kind; text given for "int", "float" or "bool" is
-            an expression, anything else is left to the block. facts: of the site, from `site_facts`.
+            an expression, anything else is left to the block. facts: of the site, from `facts.site_facts`.
 
     Raises:
         RuleError: an unknown option, or an expression that gives no such value.

@@ -46,7 +46,7 @@ def load_weights(model: nn.Module, spec: str, source: Source) -> None:
     """
     state = read_state(Path(spec)) if is_file(spec) else _of_zoo(spec, source)
     wanted = model.state_dict()
-    state = _adapted(state, wanted)
+    state = _adapted(state, wanted, model)
     _check_fit(state, wanted, spec, source)
     if not any(value.is_meta for value in wanted.values() if isinstance(value, Tensor)):
         load_exactly(model, state)
@@ -146,33 +146,36 @@ def _of_zoo(spec: str, source: Source) -> dict[str, Tensor]:
         ) from error
 
 
-def _adapted(state: dict[str, Tensor], wanted: Mapping[str, Any]) -> dict[str, Tensor]:
+def _adapted(state: dict[str, Tensor], wanted: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """`state` with its keys as the model spells them, as far as that is certain."""
     for prefix in _PREFIXES * 2:  # module._orig_mod. and _orig_mod.module. both occur
         if all(key.startswith(prefix) for key in state) and not all(key.startswith(prefix) for key in wanted):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     renamed = {_OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
-    if renamed.keys() != state.keys() and renamed.keys() & wanted.keys() > state.keys() & wanted.keys():
+    if len(renamed.keys() & wanted.keys()) > len(state.keys() & wanted.keys()):
         state = renamed
-    heads = ("aux1.", "aux2.", "AuxLogits.", "aux_classifier.")  # training-only heads the model was built without
-    state = {
-        key: value for key, value in state.items() if not (key.startswith(heads) and not _has_any(wanted, key))
-    }
+    absent = _absent_heads(model)
+    state = {key: value for key, value in state.items() if not key.startswith(absent)}
     for key, value in wanted.items():  # batch norms had no such counter before torch 0.4.1
         if key.endswith("num_batches_tracked") and key not in state and isinstance(value, Tensor):
             state[key] = value
     return state
 
 
-def _has_any(wanted: Mapping[str, Any], key: str) -> bool:
-    head = key.split(".", 1)[0] + "."
-    return any(name.startswith(head) for name in wanted)
+def _absent_heads(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of torchvision's training-only heads that the files have and `model` was built without."""
+    heads: tuple[str, ...] = ()
+    if getattr(model, "aux_logits", None) is False:
+        heads += ("aux1.", "aux2.", "AuxLogits.")
+    if getattr(model, "aux_classifier", model) is None:
+        heads += ("aux_classifier.",)
+    return heads
 
 
 def _check_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Any], spec: str, source: Source) -> None:
     missing = [key for key in wanted if key not in state]
     unexpected = [key for key in state if key not in wanted]
-    reshaped = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
+    reshaped = [key for key in wanted if key in state and state[key].shape != getattr(wanted[key], "shape", None)]
     if not (missing or unexpected or reshaped):
         return
     asked = ((source.recipe or {}).get("options") or {}).get("num_classes")

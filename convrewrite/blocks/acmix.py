@@ -20,14 +20,14 @@ FLOAT_BYTES = 4
 class ACmixOptions(BlockOptions):
     """Options of `ACmix`."""
 
-    heads: int = Field(4, ge=1, description="attention heads N; must divide the output channels")
-    window: int = Field(7, ge=1, description="side of the attention window, in taps")
-    kernel_conv: int = Field(3, ge=1, description="side of the convolution path's kernel, in taps")
+    heads: int = Field(default=4, ge=1, description="attention heads N; must divide the output channels")
+    window: int = Field(default=7, ge=1, description="side of the attention window, in taps")
+    kernel_conv: int = Field(default=3, ge=1, description="side of the convolution path's kernel, in taps")
     layout: Literal["authors", "ordered"] = Field(
-        "authors", description="channel order of the convolution path: the authors', or the attention's own"
+        default="authors", description="channel order of the convolution path: the authors', or the attention's own"
     )
     rates: Literal["shared", "channel"] = Field(
-        "shared", description="one weight for each path, or one for each path and output channel"
+        default="shared", description="one weight for each path, or one for each path and output channel"
     )
 
 
@@ -167,9 +167,10 @@ class ACmix(Block):
         grouped = qkv.flatten(3, 4).transpose(3, 4).flatten(3)  # (B, H, W, d*3*N)
         top, bottom = replace(y, kernel=self.options.kernel_conv).padding
         left, right = replace(x, kernel=self.options.kernel_conv).padding
-        padding = (top, left) if top == bottom >= 0 and left == right >= 0 else (0, 0)
-        if padding != (top, left) or padding != (bottom, right):
+        padding = (top, left)
+        if not (0 <= top - bottom < y.stride and 0 <= left - right < x.stride and min(padding) >= 0):
             grouped = F.pad(grouped, (0, 0, left, right, top, bottom))  # negative amounts crop
+            padding = (0, 0)
         grouped = grouped.permute(0, 3, 1, 2)  # (B, d*3*N, H, W)
         out = F.conv2d(grouped, weight, None, self.spec.stride, padding, self.spec.dilation, dim)
         out = out.permute(0, 2, 3, 1)  # (B, Ho, Wo, d*N)
@@ -190,12 +191,12 @@ class ACmix(Block):
         flops += batch * queries * c_out * (4 * options.window**2 + 6 * heads * taps) + 6 * heads * c_out * taps**2
         tiles, tile_queries, tile_keys = tile_counts(y, x)
         tiled = batch * tiles * c_out * 2 * (tile_queries + tile_keys)  # q, k, v and output in tiles
-        sums = batch * tiles * heads * tile_queries  # log-sum-exp of each softmax
+        extra = batch * tiles * heads * tile_queries + tile_queries * tile_keys  # softmax sums and the mask
         return Cost(
             params=3 * (c_in + 1) * c_out + 3 * dim + 3 * heads * taps + c_out * taps**2 + rates,
             flops=flops,
-            act_infer=FLOAT_BYTES * (batch * positions * 4 * c_out + tiled + sums),
-            act_train=FLOAT_BYTES * (batch * (positions * 3 + queries) * c_out + tiled + sums),
+            act_infer=FLOAT_BYTES * (batch * positions * 4 * c_out + tiled + extra),
+            act_train=FLOAT_BYTES * (batch * (positions * 3 + queries) * c_out + tiled + extra + 6 * heads * c_out * taps),
         )
 
 

@@ -239,6 +239,7 @@ def _tiled(
         q_tile, k_tile = _with_axis_terms(q_tile, k_tile, y, x, rows, columns)
 
     out = _attend(q_tile, k_tile, v_tile, mask, scale)  # (B * tiles, queries, N, dv)
+    del q_tile, k_tile, v_tile  # the largest tensors here; inference needs them no more
     out = out.reshape(batch, y.tiles * x.tiles * y.tile * x.tile, heads, v.shape[-1])
     place_y, place_x = torch.arange(height, device=q.device), torch.arange(width, device=q.device)
     tile = (place_y // y.tile)[:, None] * x.tiles + place_x // x.tile

@@ -1,18 +1,16 @@
-"""What a report and a comparison say, as documents: their text, Markdown and HTML differ in form only."""
+"""What a report says, as a document: its text, Markdown and HTML differ in form only."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
-from convrewrite.diffing import Diff, ModelView, ModuleChange, SiteChange, TensorChange
 from convrewrite.plans import Edit
 from convrewrite.report import figures
 from convrewrite.report import plancontent as plans
 from convrewrite.report.document import Document, Section, Table, table
 from convrewrite.report.sitetable import site_table, totals_line
 from convrewrite.reports import Report
-from convrewrite.sites import Shape, Site
 
 FATES = ("carried", "absorbed", "new", "dropped")
 _FATE_NOTES = {
@@ -25,8 +23,6 @@ COSTS_NOTE = (
     f"FLOPs: {plans.FLOPS_NOTE}. Memory: activations of the place at the planned input, in inference the most "
     "alive at once, in training what the backward pass keeps."
 )
-_SHOWN = 40
-_TONES = {"added": "inserted", "removed": "removed", "changed": "replaced"}
 
 
 def broken(report: Report) -> list[str]:
@@ -39,7 +35,9 @@ def laws_line(report: Report) -> str:
     if not report.laws:
         return "laws not checked"
     if not report.ok:
-        return f"BROKEN: {', '.join(broken(report))} ({len(broken(report))} of {figures.plural(len(report.laws), 'law')})"
+        return (
+            f"BROKEN: {', '.join(broken(report))} ({len(broken(report))} of {figures.plural(len(report.laws), 'law')})"
+        )
     skipped = sum(law.status == "skipped" for law in report.laws)
     held = figures.plural(len(report.laws) - skipped, "law") + " held"
     return f"{held}, {skipped} skipped" if skipped else held
@@ -86,17 +84,23 @@ def report_document(report: Report, *, verbose: bool) -> Document:
         more = (f"{len(missed) - len(shown)} more in the verbose form",) if len(shown) < len(missed) else ()
         sections.append(Section("Near misses", more, plans.refusal_table(shown)))
     sections += [
-        Section("Tensors", () if report.tensors else ("not recorded",), fates_table(report) if report.tensors else None),
+        Section(
+            "Tensors", () if report.tensors else ("not recorded",), fates_table(report) if report.tensors else None
+        ),
         Section("Laws", () if report.laws else ("not checked",), laws_table(report) if report.laws else None),
         Section("Output drift at start", *_drift(report)),
     ]
     if verbose:
-        sections.append(Section("All convolutions", (totals_line(report.sites),), site_table(report.sites), folded=True))
+        sections.append(
+            Section("All convolutions", (totals_line(report.sites),), site_table(report.sites), folded=True)
+        )
         sections.append(Section("Timings", table=_timings(report)))
     sections.append(Section("Reproduce", table=plans.provenance(plan)))
     lines = (f"Plan: {plans.counts_line(plan)}", plans.cost_line(plan)) if plan.edits else tuple(plans.nothing(plan))
     notes = tuple(f"note: {figures.plain(n)}" for n in (*plan.notes, *report.notes))
-    return Document(f"Rewrite of {plans.heading(plan)}", (*lines, *notes), tuple(sections), conclusion(report), alerts(report))
+    return Document(
+        f"Rewrite of {plans.heading(plan)}", (*lines, *notes), tuple(sections), conclusion(report), alerts(report)
+    )
 
 
 def _rules(report: Report) -> Table:
@@ -186,106 +190,3 @@ def _drift(report: Report) -> tuple[tuple[str, ...], Table | None]:
 def _timings(report: Report) -> Table:
     rows = [(figures.plain(name), figures.seconds(value)) for name, value in report.timings.items()]
     return table(("pass", "time"), [*rows, ("all", figures.seconds(sum(report.timings.values())))], "lr")
-
-
-def diff_document(diff: Diff, *, verbose: bool) -> Document:
-    """The page of a comparison; `verbose` lists all that `_SHOWN` would cut."""
-    before, after = figures.plain(diff.before.name), figures.plain(diff.after.name)
-    title = f"{before} compared with {after}"
-    if diff.same:
-        line = "Same: no module, convolution or tensor differs (values are not compared)."
-        return Document(title, (), (Section("Totals", table=_diff_totals(diff)),), line)
-    sections = [Section("Totals", table=_diff_totals(diff))]
-    shown = diff.modules if verbose else diff.outermost
-    for name, items, make in (
-        ("Modules", shown, lambda part: _module_table(diff, part, verbose=verbose)),
-        ("Convolutions", diff.sites, lambda part: _site_changes(diff, part)),
-        ("Tensors", diff.tensors, _tensor_table),
-    ):
-        part = items if verbose else items[:_SHOWN]
-        if part:
-            more = (f"{len(items) - len(part)} more in the verbose form",) if len(part) < len(items) else ()
-            sections.append(Section(name, more, make(part)))
-    return Document(title, (), tuple(sections), f"Diff: {diff_counts(diff)}.")
-
-
-def diff_counts(diff: Diff) -> str:
-    """ "modules +4 -0 ~16, convolutions ..., tensors ..."."""
-    words = []
-    for name, kinds in (
-        ("modules", [m.kind for m in diff.modules]),
-        ("convolutions", [s.kind for s in diff.sites]),
-        ("tensors", [t.kind for t in diff.tensors]),
-    ):
-        words.append(f"{name} +{kinds.count('added')} -{kinds.count('removed')} ~{kinds.count('changed')}")
-    return ", ".join(words)
-
-
-def _diff_totals(diff: Diff) -> Table:
-    before, after = diff.totals()["before"], diff.totals()["after"]
-    names = {
-        "params": "parameters",
-        "flops": f"FLOPs of convolutions ({plans.FLOPS_NOTE})",
-        "convs": "convolutions",
-        "elements": "state-dict elements",
-        "tensors": "state-dict tensors",
-    }
-    rows = []
-    for key, label in names.items():
-        old, new = before[key], after[key]
-        if old is not None and new is not None:
-            rows.append((label, figures.total(old), figures.total(new), figures.percent(old, new)))
-    return table(("what", "before", "after", "change"), rows, "lrrr")
-
-
-def _module_table(diff: Diff, changes: Sequence[ModuleChange], *, verbose: bool) -> Table:
-    rows = []
-    for m in changes:
-        inside = 0 if verbose or not m.path else diff.inside(m.path)
-        rows.append((m.kind, figures.plain(m.path) or "(root)", _side(m.before), _side(m.after), str(inside) if inside else "-"))
-    return table(("change", "module", "before", "after", "changes inside"), rows, "llllr", [_TONES[m.kind] for m in changes])
-
-
-def _side(text: str) -> str:
-    return figures.plain(text) or "-"
-
-
-def _site_changes(diff: Diff, changes: Sequence[SiteChange]) -> Table:
-    rows = [
-        (
-            c.kind,
-            figures.plain(c.id),
-            stands(diff.before, c.before),
-            stands(diff.after, c.after),
-            figures.change(c.before.params if c.before else 0, c.after.params if c.after else 0),
-            figures.change(c.before.flops if c.before else 0, c.after.flops if c.after else 0),
-            "; ".join(f"{name} {figures.plain(old)} => {figures.plain(new)}" for name, old, new in _told(c)) or "-",
-        )
-        for c in changes
-    ]
-    headers = ("change", "site", "before", "after", "params", "FLOPs", "other facts")
-    return table(headers, rows, "llllrrl", [_TONES[c.kind] for c in changes])
-
-
-def stands(view: ModelView, site: Site | None) -> str:
-    """The convolution, or the class of what stands in its place."""
-    if site is None:
-        return "-"
-    if not site.rewritten:
-        return figures.conv(site)
-    return f"{figures.plain(view.modules.get(site.path, 'block'))} {figures.channels(site)} {figures.sizes(site)}"
-
-
-def _told(change: SiteChange) -> list[tuple[str, str, str]]:
-    """The facts that the other columns do not show."""
-    shown = ("params", "flops", "kernel", "stride", "groups", "dilation", "op", "act_infer", "act_train")
-    return [fact for fact in change.facts if fact[0] not in shown]
-
-
-def _tensor_table(changes: Sequence[TensorChange]) -> Table:
-    rows = [(t.kind, figures.plain(t.key), _signature(t.before), _signature(t.after)) for t in changes]
-    return table(("change", "tensor", "before", "after"), rows, "llll", [_TONES[t.kind] for t in changes])
-
-
-def _signature(signature: tuple[Shape, str] | None) -> str:
-    return f"{figures.shape(signature[0])} {figures.plain(signature[1]).removeprefix('torch.')}" if signature else "-"

@@ -43,9 +43,7 @@ class Document:
     alerts: tuple[str, ...] = ()
 
 
-def table(
-    headers: Sequence[str], rows: Iterable[Sequence[str]], align: str, tones: Iterable[str] = ()
-) -> Table:
+def table(headers: Sequence[str], rows: Iterable[Sequence[str]], align: str, tones: Iterable[str] = ()) -> Table:
     """A `Table`; a row that is longer or shorter than the headers is an error of ours, found here."""
     made = Table(tuple(headers), tuple(tuple(r) for r in rows), align, tuple(tones))
     if any(len(row) != len(made.headers) for row in made.rows) or len(align) != len(made.headers):

@@ -9,6 +9,7 @@ from convrewrite.plans import Plan
 from convrewrite.report import REPORTS, content, figures
 from convrewrite.report import htmlparts as parts
 from convrewrite.report import plancontent as plans
+from convrewrite.report.diffcontent import diff_document
 from convrewrite.report.document import Section
 from convrewrite.report.layout import bands_of_diff, bands_of_edits, bands_of_sites
 from convrewrite.report.sitetable import site_table, totals, totals_line
@@ -29,7 +30,7 @@ class HtmlFormat:
             parts.badge(content.laws_line(report), "unsure" if not report.laws else "good" if report.ok else "bad"),
             parts.alert(document.alerts),
             parts.tiles([*_plan_tiles(plan), _drift_tile(report)]),
-            *(parts.section(Section("Notes", (n,))) for n in _notes([*plan.notes, *report.notes])),
+            *_notes([*plan.notes, *report.notes]),
             *_drawing(report.sites, plan),
         ]
         for section in document.sections:
@@ -47,7 +48,7 @@ class HtmlFormat:
             parts.heading("Rewrite plan", figures.plain(plan.model), _lead(plan)),
             parts.tiles(_plan_tiles(plan)),
             *(f'<p class="lead">{parts.text(line)}</p>' for line in plans.nothing(plan)),
-            *(parts.section(Section("Notes", (n,))) for n in _notes(plan.notes)),
+            *_notes(plan.notes),
             *_drawing(sites, plan),
             *(parts.section(s) for s in document.sections),
             parts.section(_all_sites(sites, plan)),
@@ -71,7 +72,7 @@ class HtmlFormat:
         return parts.page("Convolutions", "\n".join(body), totals_line(sites))
 
     def diff(self, diff: Diff, *, verbose: bool) -> str:
-        document = content.diff_document(diff, verbose=verbose)
+        document = diff_document(diff, verbose=verbose)
         sums = diff.totals()
         cards = [
             parts.cost_tile(label, before, after)
@@ -105,14 +106,16 @@ def _lead(plan: Plan) -> str:
 
 
 def _notes(notes: Sequence[str]) -> list[str]:
-    return [figures.plain(note) for note in notes]
+    return [parts.section(Section("Notes", tuple(figures.plain(n) for n in notes)))] if notes else []
 
 
 def _plan_tiles(plan: Plan) -> list[str]:
     replaced = sum(e.action == "replace" for e in plan.edits)
     t = plan.totals
     return [
-        parts.tile("changes", f"{replaced} replaced, {len(plan.edits) - replaced} inserted", f"of {t.convs} convolutions"),
+        parts.tile(
+            "changes", str(len(plan.edits)), f"{replaced} of {t.convs} replaced, {len(plan.edits) - replaced} inserted"
+        ),
         parts.cost_tile("params", t.params_before, t.params_after),
         parts.cost_tile(f"FLOPs ({plans.FLOPS_NOTE})", t.flops_before, t.flops_after),
     ]

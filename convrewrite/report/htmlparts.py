@@ -51,7 +51,12 @@ def tile(label: str, value: str, note: str = "", tone: str = "") -> str:
 def cost_tile(label: str, before: int, after: int) -> str:
     """A sum before and after, with its change."""
     value = figures.change(before, after, figures.total).replace("=>", "→")
-    return tile(label, value, figures.percent(before, after).replace("-", "−"), "up" if after > before else "down")
+    return tile(
+        label,
+        value,
+        figures.percent(before, after).replace("-", "−"),
+        "up" if after > before else "down" if after < before else "",
+    )
 
 
 def tiles(parts: Iterable[str]) -> str:
@@ -66,13 +71,17 @@ def badge(text: str, tone: str) -> str:
 
 def alert(lines: Sequence[str]) -> str:
     """What must not be missed."""
-    return f'<div class="alert" role="alert">{"".join(f"<p>{escape(line)}</p>" for line in lines)}</div>' if lines else ""
+    return (
+        f'<div class="alert" role="alert">{"".join(f"<p>{escape(line)}</p>" for line in lines)}</div>' if lines else ""
+    )
 
 
 def section(item: Section) -> str:
     """A section of a document; long ones are folded."""
     lines = "".join(f'<p class="note">{escape(line)}</p>' for line in item.lines)
-    body = lines + (table(item.table) if item.table and item.table.rows else "" if item.lines else '<p class="note">none</p>')
+    body = lines + (
+        table(item.table) if item.table and item.table.rows else "" if item.lines else '<p class="note">none</p>'
+    )
     if item.folded:
         return f"<details><summary>{escape(item.title)}</summary>{body}</details>"
     return f"<h2>{escape(item.title)}</h2>{body}"
@@ -83,8 +92,11 @@ def table(data: Table) -> str:
     kinds = ["n" if letter == "r" else "s" if number == 0 else "" for number, letter in enumerate(data.align)]
 
     def row(cells: Sequence[str], tag: str, tone: str = "") -> str:
-        inner = "".join(f'<{tag}{f" class={kind}" if kind else ""}>{_arrows(c)}</{tag}>' for c, kind in zip(cells, kinds, strict=True))
-        return f'<tr{f" class={tone}" if tone else ""}>{inner}</tr>'
+        inner = "".join(
+            f"<{tag}{f' class={kind}' if kind else ''}>{_arrows(c)}</{tag}>"
+            for c, kind in zip(cells, kinds, strict=True)
+        )
+        return f"<tr{f' class={tone}' if tone else ''}>{inner}</tr>"
 
     tones = data.tones or ("",) * len(data.rows)
     body = "".join(row(cells, "td", tone) for cells, tone in zip(data.rows, tones, strict=True))
@@ -108,15 +120,19 @@ def picture(bands: Sequence[Band], *, compare: bool, label: str) -> str:
 def _legend(cells: Sequence[Cell], *, compare: bool) -> str:
     roles = {c.role if c.role in ROLES else "other" for c in cells if c.tone != "inserted"}
     items = [_swatch(f"cell r-{role}", "", role.replace("_", " ")) for role in ROLES if role in roles]
+    items.append(_swatch("cell r-other", "3", "kernel size", "kernel"))
     tones = {c.tone for c in cells}
     if compare and "replaced" in tones:
-        items.append(_swatch(f"cell r-{next((r for r in ROLES if r in roles), 'other')} replaced", "", "will change"))
-    items += [_swatch(css, sign, name) for tone, (sign, name, css) in _TONES.items() if tone in tones]
+        items.append(_swatch(f"cell r-{next((r for r in ROLES if r in roles), 'other')} replaced", "", "changes"))
+    for tone, (sign, name, css) in _TONES.items():
+        marks = list(dict.fromkeys(c.mark[2:] for c in cells if c.tone == tone and len(c.mark) > 2))
+        if tone in tones:
+            items.append(_swatch(css, sign, f"{name}: {figures.plain(', '.join(marks[:6]))}" if marks else name))
     return f'<div class="legend">{"".join(items)}</div>'
 
 
-def _swatch(css: str, sign: str, name: str) -> str:
-    text = f'<text class="mark" x="9" y="12.5">{sign}</text>' if sign else ""
+def _swatch(css: str, sign: str, name: str, face: str = "mark") -> str:
+    text = f'<text class="{face}" x="9" y="12.5">{sign}</text>' if sign else ""
     rect = f'<rect class="{css}" x="1" y="1" width="16" height="16" rx="3"/>'
     return f'<span><svg width="18" height="18" aria-hidden="true">{rect}{text}</svg>{escape(name)}</span>'
 
@@ -125,7 +141,9 @@ def bars(edits: Sequence[Edit]) -> str:
     """Parameters and FLOPs of every changed site, before above after, on one scale per column."""
     most_params = max((max(e.before.params, e.after.params) for e in edits), default=0)
     most_flops = max((max(e.before.flops, e.after.flops) for e in edits), default=0)
-    rows = ['<div class="head">site</div><div class="head">params</div><div class="head">FLOPs (2 per multiply-add)</div>']
+    rows = [
+        '<div class="head">site</div><div class="head">params</div><div class="head">FLOPs (2 per multiply-add)</div>'
+    ]
     for e in edits:
         tone = " plus" if e.action == "insert" else ""
         rows.append(
@@ -144,31 +162,40 @@ def _bar(before: int, after: int, most: int) -> str:
 
 def profile(sites: Sequence[Site], edits: Sequence[Edit]) -> str:
     """FLOPs of every convolution in order of execution, with what each change adds or saves."""
+    columns = _columns(sites, edits)
+    most = max([1.0, *(max(was, now) for _, was, now in columns)])
+    step = min(1000 / max(len(columns), 1), 40)
+    drawn = []
+    for number, (name, was, now) in enumerate(columns):
+        x, width = step * (number + 0.12), step * 0.76
+        old, new = 100 * was / most, 100 * now / most
+        kind = "add" if was == 0 else "more" if new > old else "less"
+        tip = escape(figures.plain(f"{name}: FLOPs {figures.change(int(was), int(now))}"))
+        change = _column(kind, x, width, min(old, new), abs(new - old)) if new != old else ""
+        drawn.append(f"<g><title>{tip}</title>{_column('was', x, width, 0, min(old, new))}{change}</g>")
+    axis = "".join(f'<line class="axis" x1="0" x2="1000" y1="{y}" y2="{y}"/>' for y in (0, 50, 100))
+    scale = "".join(f"<span>{figures.count(int(most * part))}</span>" for part in (1.0, 0.5, 0.0))
+    return (
+        f'<div class="profile"><div class="scale">{scale}</div><svg class="chart" role="img" preserveAspectRatio="none" '
+        f'aria-label="FLOPs of every convolution before and after" viewBox="0 0 1000 100">{axis}{"".join(drawn)}</svg></div>'
+    )
+
+
+def _columns(sites: Sequence[Site], edits: Sequence[Edit]) -> list[tuple[str, float, float]]:
+    """(name, FLOPs before, after) per convolution, an insertion behind its site."""
     replaced = {call: e for e in edits if e.action == "replace" for call in (e.calls or (e.site.id,))}
-    # An edit of a shared module has one cost for all of its calls.
-    after = [replaced[s.id].after.flops / max(len(replaced[s.id].calls), 1) if s.id in replaced else s.flops for s in sites]
-    most = max([1.0, *after, *(float(s.flops) for s in sites)])
-    width, height, left = 1120, 118, 52
-    step = (width - left) / max(len(sites), 1)
-    parts = [
-        f'<line class="axis" x1="{left}" x2="{width}" y1="{height * k / 2 + 6:.0f}" y2="{height * k / 2 + 6:.0f}"/>'
-        f'<text x="{left - 6}" y="{height * k / 2 + 10:.0f}" text-anchor="end">{figures.count(int(most * (2 - k) / 2))}</text>'
-        for k in range(3)
-    ]
-    for number, (site, now) in enumerate(zip(sites, after, strict=True)):
-        x, bar = left + number * step + step * 0.12, step * 0.76
-        old, new = height * site.flops / most, height * now / most
-        tip = escape(figures.plain(f"{site.id}: FLOPs {figures.change(site.flops, int(now))}"))
-        parts.append(f'<g><title>{tip}</title>{_column("was", x, bar, 0, min(old, new), height)}')
-        kind = "more" if new > old else "less"
-        parts.append((_column(kind, x, bar, min(old, new), abs(new - old), height) if new != old else "") + "</g>")
-    label = "FLOPs of every convolution before and after"
-    return f'<svg class="chart" role="img" aria-label="{label}" width="100%" viewBox="0 0 {width} {height + 12}">{"".join(parts)}</svg>'
+    found: list[tuple[str, float, float]] = []
+    for site in sites:
+        edit = replaced.get(site.id)
+        # An edit of a shared module has one cost for all of its calls.
+        now = edit.after.flops / max(len(edit.calls), 1) if edit else site.flops
+        found.append((site.id, site.flops, now))
+        found += [(e.id, 0, e.after.flops) for e in edits if e.action == "insert" and e.site.id == site.id]
+    return found
 
 
-def _column(kind: str, x: float, width: float, base: float, size: float, height: float) -> str:
-    top = 6 + height - base - size
-    return f'<rect class="{kind}" x="{x:.1f}" y="{top:.1f}" width="{width:.1f}" height="{max(size, 0.5):.1f}"/>'
+def _column(kind: str, x: float, width: float, base: float, size: float) -> str:
+    return f'<rect class="{kind}" x="{x:.2f}" y="{100 - base - size:.2f}" width="{width:.2f}" height="{size:.2f}"/>'
 
 
 def fates_bar(report: Report) -> str:

@@ -12,7 +12,7 @@ from convrewrite.diffing import Diff, ModelView, merged
 from convrewrite.plans import Edit
 from convrewrite.report import figures
 from convrewrite.report import plancontent as plans
-from convrewrite.report.content import stands
+from convrewrite.report.diffcontent import stands
 from convrewrite.sites import Site
 
 
@@ -66,12 +66,14 @@ class _Entry:
 
     site: Site
     slot: Slot
-    extra: int = 0  # FLOPs that the change adds
+    before: int  # FLOPs
+    after: int
+    apart: bool = False  # stands between blocks, whatever block its site is in
 
 
 def bands_of_sites(sites: Sequence[Site]) -> tuple[Band, ...]:
     """One model: both rows are the same, and only one is drawn."""
-    return _bands([_Entry(s, Slot(_cell(s), _cell(s))) for s in sites])
+    return _bands([_Entry(s, Slot(_cell(s), _cell(s)), s.flops, s.flops) for s in sites])
 
 
 def bands_of_edits(sites: Sequence[Site], edits: Sequence[Edit]) -> tuple[Band, ...]:
@@ -81,11 +83,11 @@ def bands_of_edits(sites: Sequence[Site], edits: Sequence[Edit]) -> tuple[Band, 
     for site in sites:
         edit = replaced.get(site.id)
         if edit is None:
-            entries.append(_Entry(site, Slot(_cell(site), _cell(site))))
+            entries.append(_Entry(site, Slot(_cell(site), _cell(site)), site.flops, site.flops))
             continue
         after = Cell(site.role, "", f"{site.id}: {plans.new(edit)}, {_costs(edit)}", f"~ {edit.block}", "replaced")
-        before = _cell(site, tone="replaced")
-        entries.append(_Entry(site, Slot(before, after), edit.after.flops - edit.before.flops))
+        now = site.flops + (edit.after.flops - edit.before.flops) // max(len(edit.calls), 1)
+        entries.append(_Entry(site, Slot(_cell(site, tone="replaced"), after), site.flops, now))
     for edit in edits:
         if edit.action == "insert":
             entries.insert(_insert_at(entries, edit), _inserted(edit))
@@ -103,7 +105,7 @@ def bands_of_diff(diff: Diff) -> tuple[Band, ...]:
         assert site is not None  # `merged` returns names of one list or the other
         was = _diff_cell(diff.before, old, new, changed=key in changed, alone="removed")
         now = _diff_cell(diff.after, new, old, changed=key in changed, alone="inserted")
-        entries.append(_Entry(site, Slot(was, now), (new.flops if new else 0) - (old.flops if old else 0)))
+        entries.append(_Entry(site, Slot(was, now), old.flops if old else 0, new.flops if new else 0))
     return _bands(entries)
 
 
@@ -137,7 +139,8 @@ def _costs(edit: Edit) -> str:
 
 def _inserted(edit: Edit) -> _Entry:
     cell = Cell(edit.site.role, "", f"{edit.id}: {plans.new(edit)}, {_costs(edit)}", f"+ {edit.block}", "inserted")
-    return _Entry(edit.site, Slot(None, cell), edit.after.flops)
+    apart = edit.path in (edit.site.block_path, edit.site.block_entry, edit.site.stage_path)
+    return _Entry(edit.site, Slot(None, cell), 0, edit.after.flops, apart)
 
 
 def _insert_at(entries: Sequence[_Entry], edit: Edit) -> int:
@@ -176,9 +179,8 @@ def _band(key: tuple[int, int], entries: Sequence[_Entry]) -> Band:
     facts = []
     if len(shape) == 4:
         facts = [f"{shape[2]} × {shape[3]}", figures.plural(shape[1], "channel")]
-    flops = sum({e.site.id: e.site.flops for e in entries if e.slot.before is not None}.values())
-    added = sum(e.extra for e in entries)
-    facts.append("FLOPs " + figures.change(flops, flops + added).replace("=>", "→"))
+    flops = figures.change(sum(e.before for e in entries), sum(e.after for e in entries))
+    facts.append("FLOPs " + flops.replace("=>", "→"))
     return Band(title, tuple(facts), tuple(_groups(entries)))
 
 
@@ -188,9 +190,9 @@ def _groups(entries: Sequence[_Entry]) -> list[Group]:
     loose = 0
     previous: int | None = -1
     for entry in entries:
-        block = entry.site.block
-        loose += block is None and previous is not None
-        previous = block
+        block = None if entry.apart else entry.site.block
+        loose += block is None and (previous is not None or entry.apart)
+        previous = -1 if entry.apart else block
         found.setdefault((0, block) if block is not None else (1, loose), []).append(entry)
     return [
         Group("" if kind else _block_name(members[0].site), tuple(e.slot for e in members))

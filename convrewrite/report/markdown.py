@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from convrewrite.diffing import Diff
 from convrewrite.plans import Plan
 from convrewrite.report import REPORTS
-from convrewrite.report.content import diff_document, report_document
+from convrewrite.report.content import report_document
+from convrewrite.report.diffcontent import diff_document
 from convrewrite.report.document import Document, Section, Table
 from convrewrite.report.plancontent import plan_document
 from convrewrite.report.sitetable import sites_document

@@ -18,7 +18,7 @@ _PAD, _GAP, _CELL_GAP = 5, 14, 3
 _LABEL_HEIGHT, _ROW_GAP, _LINE_GAP = 14, 7, 12
 _ROW_NAMES = 46
 _LETTER = 6.1  # width of a letter of the 10.5 px face that cells and labels use
-_LONGEST_MARK = 20
+_LONGEST_MARK = {24: 20, 18: 11, 14: 9}  # letters, by height of a cell; the legend names the blocks in full
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ def draw(bands: Sequence[Band], *, width: int, compare: bool, label: str) -> str
         label: says in words what the picture shows, for those who do not see it.
     """
     slots = sum(len(group.slots) for band in bands for group in band.groups)
-    cell = 22 if slots <= 90 else 18 if slots <= 320 else 14
-    pen = Pen(width, 118 if width >= 600 else 0, cell, ("before", "after") if compare else ("now",))
+    cell = 24 if slots <= 90 else 18 if slots <= 320 else 14
+    pen = Pen(width, 140 if width >= 600 else 0, cell, ("before", "after") if compare else ("now",))
     parts, y = [], 2.0
     for index, band in enumerate(bands):
         body, height = _band(pen, band, y, index)
@@ -83,7 +83,10 @@ def _band(pen: Pen, band: Band, top: float, index: int) -> tuple[str, float]:
     least = 15 * (1 + len(band.facts)) + 4 if pen.gutter else 0
     height = head + max(body, least) + 20
     shade = "band" if index % 2 else "band odd"
-    parts = [f'<rect class="{shade}" x="0" y="{top:.1f}" width="{pen.width}" height="{height:.1f}"/>', _title(pen, band, top)]
+    parts = [
+        f'<rect class="{shade}" x="0" y="{top:.1f}" width="{pen.width}" height="{height:.1f}"/>',
+        _title(pen, band, top),
+    ]
     y = top + 10 + head
     for line in lines:
         parts.append(_line(pen, line, y))
@@ -97,7 +100,8 @@ def _title(pen: Pen, band: Band, top: float) -> str:
         return f'<text class="stage" x="8" y="{top + 21:.1f}">{escape(band.title)}<tspan class="fact" dx="8">{facts}</tspan></text>'
     rows = [f'<text class="stage" x="10" y="{top + 24:.1f}">{escape(band.title)}</text>']
     rows += [
-        f'<text class="fact" x="10" y="{top + 41 + 15 * i:.1f}">{escape(fact)}</text>' for i, fact in enumerate(band.facts)
+        f'<text class="fact" x="10" y="{top + 41 + 15 * i:.1f}">{escape(fact)}</text>'
+        for i, fact in enumerate(band.facts)
     ]
     return "".join(rows)
 
@@ -137,14 +141,20 @@ def _group_width(pen: Pen, group: Group) -> float:
 def _slot_width(pen: Pen, slot: Slot) -> float:
     """A slot is as wide in both rows: that is what keeps them aligned."""
     cells = [slot.after if len(pen.rows) > 1 else None, slot.before]
-    return max([float(pen.cell), *(_LETTER * len(_text(pen, c)) + 9 for c in cells if c is not None and len(_text(pen, c)) > 2)])
+    return max(
+        [
+            float(pen.cell),
+            *(_LETTER * len(_text(pen, c)) + 9 for c in cells if c is not None and len(_text(pen, c)) > 2),
+        ]
+    )
 
 
 def _text(pen: Pen, cell: Cell) -> str:
     if not cell.mark:
         return "" if pen.cell < 16 else cell.kernel
     mark = figures.plain(cell.mark)
-    return mark if len(mark) <= _LONGEST_MARK else mark[: _LONGEST_MARK - 1] + "…"
+    most = _LONGEST_MARK[pen.cell]
+    return mark if len(mark) <= most else mark[: most - 1] + "…"
 
 
 def _line(pen: Pen, groups: Sequence[Group], top: float) -> str:

@@ -91,7 +91,9 @@ def explain(plan: Plan, sites: Sequence[Site], path: str) -> str:
     """
     found = [s for s in sites if path in (s.id, s.path)]
     if not found:
-        raise PlanError(f"no convolution at '{figures.plain(path)}'", where=figures.plain(plan.model), fix=_hint(sites, path))
+        raise PlanError(
+            f"no convolution at '{figures.plain(path)}'", where=figures.plain(plan.model), fix=_hint(sites, path)
+        )
     return "\n\n".join(_explain_site(plan, site) for site in found) + "\n"
 
 
@@ -117,7 +119,10 @@ def _facts(site: Site) -> list[tuple[str, str]]:
         ("operation", f"{figures.conv(site)} ({figures.plain(site.module_class)}, {site.kind})"),
         ("role", site.role),
         ("stage", f"{_or_none(site.stage)} ({_or_none(site.stage_from_end)} from the end)"),
-        ("block", f"{_or_none(site.block)} ({_or_none(site.block_from_end)} from the end), convolution {_or_none(site.position)}"),
+        (
+            "block",
+            f"{_or_none(site.block)} ({_or_none(site.block_from_end)} from the end), convolution {_or_none(site.position)}",
+        ),
         ("calls", f"{site.call + 1} of {site.calls}" if site.calls > 1 else "1"),
         ("padding", f"{','.join(map(str, site.padding))} {figures.plain(site.conv.padding_mode)}"),
         ("inside", " > ".join(f"{figures.plain(p or '(root)')} {figures.plain(c)}" for p, c in site.inside)),

@@ -10,7 +10,19 @@ from convrewrite.report import figures
 from convrewrite.report.document import Document, Section, Table, table
 from convrewrite.sites import ROLES, Site
 
-_HEADERS = ("site", "role", "stage.block", "kernel", "stride", "groups", "dilation", "channels", "size", "params", "FLOPs")
+_HEADERS = (
+    "site",
+    "role",
+    "stage.block",
+    "kernel",
+    "stride",
+    "groups",
+    "dilation",
+    "channels",
+    "size",
+    "params",
+    "FLOPs",
+)
 
 
 def site_table(sites: Sequence[Site]) -> Table:

@@ -4,8 +4,32 @@ from __future__ import annotations
 
 from convrewrite.sites import ROLES
 
-_LIGHT_ROLES = ("#c9d6e4", "#9fc5ee", "#9ed8cf", "#e4e8ed", "#b5dda6", "#f2dfa4", "#e3c690", "#d9c8ec", "#f0c6d3", "#cfc8bc", "#f6f7f8")
-_DARK_ROLES = ("#3d5166", "#2b5c93", "#216b63", "#3a434e", "#37672c", "#6e5a1c", "#6d4e20", "#574178", "#733b4f", "#5a5346", "#2a3038")
+_LIGHT_ROLES = (
+    "#c9d6e4",
+    "#9fc5ee",
+    "#9ed8cf",
+    "#e4e8ed",
+    "#b5dda6",
+    "#f2dfa4",
+    "#e3c690",
+    "#d9c8ec",
+    "#f0c6d3",
+    "#cfc8bc",
+    "#f6f7f8",
+)
+_DARK_ROLES = (
+    "#3d5166",
+    "#2b5c93",
+    "#216b63",
+    "#3a434e",
+    "#37672c",
+    "#6e5a1c",
+    "#6d4e20",
+    "#574178",
+    "#733b4f",
+    "#5a5346",
+    "#2a3038",
+)
 
 _LIGHT = """color-scheme:light;--bg:#fff;--ink:#1b232c;--soft:#5b6774;--line:#d5dbe2;--faint:#f5f7f9;--panel:#fff;
 --accent:#c2410c;--accent-ink:#fff;--accent-soft:#fdeee4;--plus:#0f766e;--plus-soft:#e3f4f1;--minus:#b91c1c;--minus-soft:#fdeaea;
@@ -42,7 +66,7 @@ overflow-wrap:anywhere}
 .tile span{color:var(--soft);font-size:13px}
 .tile .up{color:var(--accent)}.tile .down{color:var(--good)}
 .legend{display:flex;flex-wrap:wrap;gap:5px 16px;font-size:13px;color:var(--soft);margin:8px 0 12px;align-items:center}
-.legend span{display:inline-flex;align-items:center;gap:6px;white-space:nowrap}
+.legend span{display:inline-flex;align-items:center;gap:6px;overflow-wrap:anywhere}
 .legend svg{flex:none}
 figure{margin:0}.narrow{display:none}
 .net{display:block;max-width:100%;height:auto;border:1px solid var(--line);border-radius:8px}
@@ -70,7 +94,7 @@ table{border-collapse:collapse;width:100%;font-size:13px}
 th{font-weight:600;color:var(--soft);text-align:left;background:var(--faint)}
 th,td{padding:5px 12px;border-top:1px solid var(--line);vertical-align:top}
 thead th{border-top:0;white-space:nowrap}
-td{overflow-wrap:anywhere}td.n,th.n{text-align:right;white-space:nowrap}td.s{white-space:nowrap}
+td{overflow-wrap:break-word}td.n,th.n{text-align:right;white-space:nowrap}td.s{white-space:nowrap}
 tr.replaced td{background:var(--accent-soft)}tr.inserted td{background:var(--plus-soft)}
 tr.removed td,tr.broken td{background:var(--minus-soft)}tr.broken td{font-weight:600}
 .share{display:flex;height:16px;border-radius:4px;overflow:hidden;margin:4px 0 10px;gap:2px}
@@ -78,8 +102,12 @@ tr.removed td,tr.broken td{background:var(--minus-soft)}tr.broken td{font-weight
 .f-carried{background:var(--r-bottleneck_spatial)}.f-absorbed{background:var(--r-basic_spatial)}
 .f-new{background:var(--accent)}.f-dropped{background:var(--minus)}
 details{margin-top:30px}summary{cursor:pointer;font-weight:650;font-size:17px;margin-bottom:10px}
-.chart text{font-size:11px;fill:var(--soft)}.chart .axis{stroke:var(--line)}.chart .was{fill:var(--old)}.chart .more{fill:var(--accent)}
-.chart .less{fill:none;stroke:var(--old);stroke-width:.8}.chart .add{fill:var(--plus)}
+.profile{display:grid;grid-template-columns:44px 1fr;gap:8px}
+.scale{display:flex;flex-direction:column;justify-content:space-between;text-align:right;color:var(--soft);font-size:11px;line-height:1;
+margin:-5px 0}
+.chart{width:100%;height:120px;display:block}.chart .axis{stroke:var(--line);vector-effect:non-scaling-stroke}
+.chart .was{fill:var(--old)}.chart .more{fill:var(--accent)}.chart .add{fill:var(--plus)}
+.chart .less{fill:none;stroke:var(--old);vector-effect:non-scaling-stroke}
 footer{margin-top:44px;color:var(--soft);font-size:13px;border-top:1px solid var(--line);padding-top:12px;overflow-wrap:anywhere}
 @media (max-width:640px){main{padding:18px 12px 32px}h1{font-size:21px}.wide{display:none}.narrow{display:block}
 .tiles{grid-template-columns:1fr 1fr}.bars{grid-template-columns:1fr}.bars .head{display:none}

@@ -10,7 +10,8 @@ from tabulate import tabulate
 from convrewrite.diffing import Diff
 from convrewrite.plans import Plan
 from convrewrite.report import REPORTS
-from convrewrite.report.content import diff_document, report_document
+from convrewrite.report.content import report_document
+from convrewrite.report.diffcontent import diff_document
 from convrewrite.report.document import Document, Section, Table
 from convrewrite.report.plantext import plan_text
 from convrewrite.report.sitetable import site_table, totals_line

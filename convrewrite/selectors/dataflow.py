@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from convrewrite.errors import ConvrewriteError, RuleError
-from convrewrite.expressions import MissingFactError, site_facts
+from convrewrite.expressions import MissingFactError
+from convrewrite.facts import site_facts
 from convrewrite.selectors.base import Context, Wanted, differs, selector
 from convrewrite.selectors.wanted import Chain, Condition
 from convrewrite.sites import Site

@@ -271,7 +271,9 @@ class Condition:
         except ConvrewriteError as error:
             raise WrongValueError(str(error)) from None
         if expression.kind not in ("truth", "any"):
-            raise WrongValueError(f"{show(raw)} gives a {expression.kind}, wanted true or false; compare it with something")
+            raise WrongValueError(
+                f"{show(raw)} gives a {expression.kind}, wanted true or false; compare it with something"
+            )
         return Wanted(raw, lambda facts: bool(expression.value(facts)))
 
     def schema(self) -> dict[str, Any]:

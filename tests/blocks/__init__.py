@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-TOLERANCE = {
+TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
     torch.float64: {"rtol": 1e-10, "atol": 1e-10},
     torch.float32: {"rtol": 1e-4, "atol": 1e-5},
     torch.bfloat16: {"rtol": 5e-2, "atol": 5e-2},
     torch.float16: {"rtol": 1e-2, "atol": 1e-2},
 }
-EXPORT = {"rtol": 1e-4, "atol": 1e-4}
+EXPORT: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}

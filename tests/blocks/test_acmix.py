@@ -228,7 +228,7 @@ def test_activation_bytes_are_those_measured(name: str) -> None:
     del y
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[Place, dict[str, Any]]] = {
     "64 channels not divisible by 6 heads": (place(64, 64, (8, 8)), {"heads": 6}),
     "convolution has 2 groups, acmix mixes all channels (groups must be 1)": (place(8, 8, (8, 8), groups=2), {}),
     "padding_mode 'reflect', acmix's convolution path pads with zeros": (
@@ -263,8 +263,17 @@ def authors() -> ModuleType:
     assert spec is not None and spec.loader is not None
     module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    on_gpu = module.position
-    module.position = lambda height, width, is_cuda: on_gpu(height, width, False).double()
+    original = module.position
+
+    def position(height: int, width: int, is_cuda: bool) -> Tensor:
+        torch.set_default_dtype(torch.float64)  # the coordinates are made in the default dtype
+        try:
+            result: Tensor = original(height, width, is_cuda)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        return result
+
+    module.position = position
     result: ModuleType = module
     return result
 

@@ -7,6 +7,7 @@ code of convrewrite but the constructors of its data types.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from convrewrite.diffing import ModelView
 from convrewrite.plans import Edit, Funnel, Plan, Refusal, Totals
@@ -24,28 +25,43 @@ PARAMS = 25_557_032
 
 
 def conv_site(
-    path: str, index: int, channels: tuple[int, int], kernel: int, sizes: tuple[int, int], *, groups: int = 1, **facts: object
+    path: str,
+    index: int,
+    channels: tuple[int, int],
+    kernel: int,
+    sizes: tuple[int, int],
+    *,
+    groups: int = 1,
+    **facts: Any,
 ) -> Site:
     """A square convolution with "same" padding; its stride is what the sizes say."""
     stride = sizes[0] // sizes[1]
-    spec = ConvSpec(*channels, (kernel, kernel), (stride, stride), (kernel // 2,) * 4, groups=groups)  # type: ignore[arg-type]
+    spec = ConvSpec(*channels, (kernel, kernel), (stride, stride), (kernel // 2,) * 4, groups=groups)
     params = channels[1] * channels[0] // groups * kernel * kernel
     area = sizes[1] * sizes[1]
     cost = Cost(params, 2 * params * area, 4 * channels[1] * area, 4 * channels[0] * sizes[0] * sizes[0])
     return Site(
-        path, index, spec, (1, channels[0], sizes[0], sizes[0]), (1, channels[1], sizes[1], sizes[1]), cost=cost, **facts  # type: ignore[arg-type]
+        path,
+        index,
+        spec,
+        (1, channels[0], sizes[0], sizes[0]),
+        (1, channels[1], sizes[1], sizes[1]),
+        cost=cost,
+        **facts,
     )
 
 
 def resnet50_sites() -> tuple[Site, ...]:
     """The 53 convolutions in order of execution."""
-    sites = [conv_site("conv1", 0, (3, 64), 7, (224, 112), role="stem", stage=0, stage_from_end=5, receptive_field=(7, 7))]
+    sites = [
+        conv_site("conv1", 0, (3, 64), 7, (224, 112), role="stem", stage=0, stage_from_end=5, receptive_field=(7, 7))
+    ]
     channels, field, jump = 64, 11, 4
     for stage, (repeats, width, size) in enumerate(zip(REPEATS, WIDTHS, SIZES, strict=True), 1):
         for block in range(repeats):
             before = size if stage == 1 or block else 2 * size
             path = f"layer{stage}.{block}"
-            facts = {
+            facts: dict[str, Any] = {
                 "stage": stage,
                 "stage_from_end": 5 - stage,
                 "block": block,
@@ -66,18 +82,33 @@ def resnet50_sites() -> tuple[Site, ...]:
                 role = "bottleneck_spatial" if kernel == 3 else "pointwise"
                 sites.append(
                     conv_site(
-                        f"{path}.conv{position}", len(sites), ins_outs, kernel, sizes,
-                        role=role, position=position, receptive_field=(field, field),
-                        follows=("relu", "batch_norm"), precedes=("batch_norm",), **facts,
+                        f"{path}.conv{position}",
+                        len(sites),
+                        ins_outs,
+                        kernel,
+                        sizes,
+                        role=role,
+                        position=position,
+                        receptive_field=(field, field),
+                        follows=("relu", "batch_norm"),
+                        precedes=("batch_norm",),
+                        **facts,
                     )
-                )  # fmt: skip
+                )
             if block == 0:
                 sites.append(
                     conv_site(
-                        f"{path}.downsample.0", len(sites), (channels, 4 * width), 1, (before, size),
-                        role="shortcut", position=1, receptive_field=(field - 2, field - 2), **facts,
+                        f"{path}.downsample.0",
+                        len(sites),
+                        (channels, 4 * width),
+                        1,
+                        (before, size),
+                        role="shortcut",
+                        position=1,
+                        receptive_field=(field - 2, field - 2),
+                        **facts,
                     )
-                )  # fmt: skip
+                )
             channels = 4 * width
     return tuple(sites)
 
@@ -95,9 +126,22 @@ def acmix_edit(site: Site) -> Edit:
     """The replacement of one 3x3 by ACmix, blended in."""
     options = {"window": 7, "heads": 4, "form": "ordered"}
     return Edit(
-        site.id, site, RULE, "replace", "", site.path, "acmix", options, "exact", "blend",
-        (site.id,), site.in_shape, site.out_shape, site.cost, acmix_cost(site),
-    )  # fmt: skip
+        site.id,
+        site,
+        RULE,
+        "replace",
+        "",
+        site.path,
+        "acmix",
+        options,
+        "exact",
+        "blend",
+        (site.id,),
+        site.in_shape,
+        site.out_shape,
+        site.cost,
+        acmix_cost(site),
+    )
 
 
 def plan() -> Plan:
@@ -109,10 +153,23 @@ def plan() -> Plan:
     added = Cost(1_050_624, 2 * 196 * 1_048_576 + 4 * 196 * 196 * 512, 602_112, 1_806_336)
     edits.append(
         Edit(
-            "layer3.5.conv3 after stage", last, INSERT_RULE, "insert", "after", "layer3", "non_local",
-            {"channels": 512, "pool": 1}, "exact", "zero gate", (last.id,), last.stage_shape, last.stage_shape, Cost(), added,
+            "layer3.5.conv3 after stage",
+            last,
+            INSERT_RULE,
+            "insert",
+            "after",
+            "layer3",
+            "non_local",
+            {"channels": 512, "pool": 1},
+            "exact",
+            "zero gate",
+            (last.id,),
+            last.stage_shape,
+            last.stage_shape,
+            Cost(),
+            added,
         )
-    )  # fmt: skip
+    )
     totals = Totals(
         PARAMS,
         PARAMS + sum(e.after.params - e.before.params for e in edits),
@@ -123,7 +180,10 @@ def plan() -> Plan:
     return Plan(
         model="torchvision:resnet50",
         fingerprint="5f0c" * 16,
-        rules=({"name": "acmix", "rules": [{"id": "bottleneck-3x3"}]}, {"name": "tail", "rules": [{"id": "non-local"}]}),
+        rules=(
+            {"name": "acmix", "rules": [{"id": "bottleneck-3x3"}]},
+            {"name": "tail", "rules": [{"id": "non-local"}]},
+        ),
         input_shape=(1, 3, 224, 224),
         seed=0,
         edits=tuple(edits),
@@ -169,9 +229,13 @@ def empty_plan() -> Plan:
     steps = (("convs", 53), ("role bottleneck_spatial", 16), ("kernel 3", 16), ("groups 1", 0))
     refused = tuple(Refusal(s, RULE, "groups", "groups 32, wanted 1", 1) for s in grouped)
     return replace(
-        plan(), model="torchvision:resnext50_32x4d", edits=(), refused=refused, funnels=(Funnel(RULE, steps, 0),),
+        plan(),
+        model="torchvision:resnext50_32x4d",
+        edits=(),
+        refused=refused,
+        funnels=(Funnel(RULE, steps, 0),),
         totals=Totals(25_028_904, 25_028_904, 8_460_000_000, 8_460_000_000, 53),
-    )  # fmt: skip
+    )
 
 
 def report(made: Plan | None = None) -> Report:
@@ -195,7 +259,9 @@ def broken_report() -> Report:
     good = report()
     laws = list(good.laws)
     laws[1] = LawResult("start", "broken", "largest relative drift 0.12, allowed 1e-05", 0.12)
-    return replace(good, laws=tuple(laws), forced=True, drift=(Drift("eval", 0.12, 0.981, 0.5), Drift("train", float("nan"), 0.0)))
+    return replace(
+        good, laws=tuple(laws), forced=True, drift=(Drift("eval", 0.12, 0.981, 0.5), Drift("train", float("nan"), 0.0))
+    )
 
 
 def _fates(made: Plan) -> list[TensorFate]:
@@ -207,7 +273,9 @@ def _fates(made: Plan) -> list[TensorFate]:
             fates.append(TensorFate(key, key, "carried", site.params, site.params**0.5 / 8, True))
             continue
         edit = replaced[site.path]
-        fates.append(TensorFate(f"{site.path}.conv.weight", key, "carried", site.params, site.params**0.5 / 8, True, edit.id))
+        fates.append(
+            TensorFate(f"{site.path}.conv.weight", key, "carried", site.params, site.params**0.5 / 8, True, edit.id)
+        )
         extra = edit.after.params - edit.before.params
         fates.append(TensorFate(f"{site.path}.block.weight", "", "new", extra, extra**0.5 / 16, True, edit.id))
     fates.append(TensorFate("fc.weight", "fc.weight", "absorbed", 2_048_000, 32.0, True))
@@ -228,10 +296,19 @@ def wide_sites(count: int = 300) -> tuple[Site, ...]:
         groups = width if role == "depthwise" else 1
         sites.append(
             conv_site(
-                path, index, (width, width), 3 if step == 1 else 1, (here, here), groups=groups,
-                role=role, stage=stage, stage_from_end=7 - stage, block=block, block_path=f"features.{stage}.{block}",
+                path,
+                index,
+                (width, width),
+                3 if step == 1 else 1,
+                (here, here),
+                groups=groups,
+                role=role,
+                stage=stage,
+                stage_from_end=7 - stage,
+                block=block,
+                block_path=f"features.{stage}.{block}",
             )
-        )  # fmt: skip
+        )
     return tuple(sites)
 
 
@@ -244,13 +321,20 @@ def wide_report() -> Report:
         if s.role == "depthwise"
     )
     refused = tuple(
-        Refusal(s, "wide/depthwise", "role", f"role {s.role}, wanted depthwise", 1) for s in sites if s.role != "depthwise"
+        Refusal(s, "wide/depthwise", "role", f"role {s.role}, wanted depthwise", 1)
+        for s in sites
+        if s.role != "depthwise"
     )
     funnels = (Funnel("wide/depthwise", (("convs", len(sites)), ("role depthwise", len(edits))), len(edits)),)
     made = replace(
-        plan(), model="package.module:WideNet", rules=({"name": "wide"},), edits=edits, refused=refused, funnels=funnels,
+        plan(),
+        model="package.module:WideNet",
+        rules=({"name": "wide"},),
+        edits=edits,
+        refused=refused,
+        funnels=funnels,
         totals=Totals(1_000_000, 1_400_000, 900_000_000, 1_500_000_000, len(sites)),
-    )  # fmt: skip
+    )
     return replace(report(made), sites=sites)
 
 
@@ -262,10 +346,15 @@ def hostile_report() -> Report:
     site = replace(resnet50_sites()[0], path=HOSTILE, module_class=HOSTILE, block_path=HOSTILE, block=0)
     edit = replace(acmix_edit(site), block=HOSTILE, options={"mode": HOSTILE}, how=HOSTILE, rule=f"{HOSTILE}/r")
     made = replace(
-        plan(), model=HOSTILE, edits=(edit,), refused=(Refusal(site, f"{HOSTILE}/s", "name", HOSTILE),),
-        rules=({"name": HOSTILE},), notes=(HOSTILE,), funnels=(Funnel(f"{HOSTILE}/r", ((HOSTILE, 1),), 1),),
+        plan(),
+        model=HOSTILE,
+        edits=(edit,),
+        refused=(Refusal(site, f"{HOSTILE}/s", "name", HOSTILE),),
+        rules=({"name": HOSTILE},),
+        notes=(HOSTILE,),
+        funnels=(Funnel(f"{HOSTILE}/r", ((HOSTILE, 1),), 1),),
         versions={HOSTILE: HOSTILE},
-    )  # fmt: skip
+    )
     laws = (LawResult("start", "broken", HOSTILE),)
     return replace(report(made), sites=(site,), laws=laws, notes=(HOSTILE,), timings={HOSTILE: 1.0})
 
@@ -273,12 +362,16 @@ def hostile_report() -> Report:
 def views() -> tuple[ModelView, ModelView]:
     """ResNet-50 before and after two of its 3x3 became ACmix beside the convolution, and a classifier of 10."""
     sites = resnet50_sites()
-    tensors = {f"{s.path}.weight": ((s.out_channels, s.in_channels, *s.kernel), "torch.float32") for s in sites}
+    tensors: dict[str, tuple[tuple[int, ...], str]] = {
+        f"{s.path}.weight": ((s.out_channels, s.in_channels, *s.kernel), "torch.float32") for s in sites
+    }
     tensors["fc.weight"] = ((1000, 2048), "torch.float32")
     modules = {"": "ResNet"} | {s.path: "Conv2d" for s in sites} | {"fc": "Linear"}
     before = ModelView("torchvision:resnet50", sites, tensors, modules, PARAMS)
     changed = {s.path: s for s in sites if s.path in ("layer4.1.conv2", "layer4.2.conv2")}
-    new_tensors, new_modules, new_sites = {}, {}, []
+    new_tensors: dict[str, tuple[tuple[int, ...], str]] = {}
+    new_modules: dict[str, str] = {}
+    new_sites = []
     for key, signature in tensors.items():
         path = key.rpartition(".")[0]
         if path in changed:

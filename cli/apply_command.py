@@ -1,0 +1,155 @@
+"""`convrewrite apply`: rewrite, verify, report, save."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from convrewrite.cli.common import (
+    Progress,
+    clean_errors,
+    format_option,
+    model_options,
+    put,
+    rule_options,
+    settings_of,
+    source_of,
+)
+from convrewrite.errors import ConvrewriteError
+
+KINDS = ("module", "graph", "compiled", "exported", "onnx")
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+
+@click.command(name="apply")
+@click.argument("model")
+@rule_options
+@click.option("--plan", "plan_file", metavar="FILE", type=click.Path(dir_okay=False), help="Do what this plan says.")
+@model_options
+@format_option
+@click.option("--out", metavar="DIR", help="Folder for the model, its recipe, the plan and the reports.")
+@click.option("--overwrite", is_flag=True, help="Replace DIR if it exists.")
+@click.option("--emit", "kind", type=click.Choice(KINDS), default="module", show_default=True, help="Also in this form.")
+@click.option("--compile", "compile_", is_flag=True, help="Check that compiling meets no new graph break.")
+@click.option("--device", default="cpu", show_default=True, help="Where to check and emit.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
+@click.option("--channels-last", is_flag=True, help="Memory format of the emitted model.")
+@click.option("--force", is_flag=True, help="Emit even if a law is broken.")
+@click.option("--verbose", "-v", is_flag=True, help="Untouched sites, near misses, seconds per pass.")
+@clean_errors
+def command(
+    model: str,
+    rules: tuple[str, ...],
+    start: str | None,
+    settings: tuple[str, ...],
+    plan_file: str | None,
+    weights: str | None,
+    input_shape: str | None,
+    num_classes: int | None,
+    seed: int,
+    format_: str,
+    out: str | None,
+    overwrite: bool,
+    kind: str,
+    compile_: bool,
+    device: str,
+    dtype: str,
+    channels_last: bool,
+    force: bool,
+    verbose: bool,
+) -> None:
+    """Rewrite MODEL by rules or by a saved plan, check the seven laws, print the report, and save it with --out."""
+    if bool(rules) == bool(plan_file):
+        raise click.UsageError("give either --rules FILE or --plan FILE")
+    if plan_file and (settings or start):
+        raise click.UsageError("a plan is fixed: --set and --start go with --rules")
+    if kind != "module" and not out:
+        raise click.UsageError(f"--emit {kind} needs --out DIR")
+    from convrewrite.pipeline import REWRITING, real_example, rewrite
+    from convrewrite.report import render
+    from convrewrite.store import check_target, save
+
+    if out:
+        check_target(out, overwrite=overwrite)
+    given = _plan(plan_file) if plan_file else list(rules)
+    source = source_of(model, weights, input_shape, num_classes, seed, meta=False)
+    prepared = _placed(source.model, device, dtype, channels_last)
+    progress = Progress(len(REWRITING))
+    try:
+        done = rewrite(
+            prepared,
+            given,
+            start=start,
+            example=source.example,
+            seed=seed,
+            overrides=settings_of(settings),
+            force=force,
+            name=source.name,
+            source=source.recipe,
+            watch=progress,
+        )
+    finally:
+        progress.close()
+    example = real_example(done.model, _shape_tensors(source.example, dtype))
+    if compile_ or kind == "compiled":
+        _check_compile(source.model, done.model, example)
+    put(render(done.report, format_, verbose=verbose), None)
+    if out:
+        extras = _extras(done.model, kind, example)
+        save(done.model, out, report=done.report, overwrite=overwrite, extras=extras)
+        click.echo(f"wrote {out}", err=True)
+
+
+def _plan(path: str) -> Any:
+    from convrewrite.plans import Plan
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConvrewriteError(f"cannot be read: {error}", where=path) from None
+    return Plan.from_json(text, where=path)
+
+
+def _placed(model: Any, device: str, dtype: str, channels_last: bool) -> Any:
+    import torch
+
+    try:
+        model = model.to(device=torch.device(device), dtype=getattr(torch, dtype))
+    except (RuntimeError, AssertionError) as error:
+        raise ConvrewriteError(f"device '{device}' cannot be used: {str(error).splitlines()[0]}") from None
+    return model.to(memory_format=torch.channels_last) if channels_last else model
+
+
+def _shape_tensors(shape: Any, dtype: str) -> tuple[Any, ...]:
+    import torch
+
+    return (torch.empty(tuple(shape), dtype=getattr(torch, dtype), device="meta"),)
+
+
+def _check_compile(original: Any, rewritten: Any, example: tuple[Any, ...]) -> None:
+    from convrewrite.emitting import graph_breaks
+
+    found = graph_breaks(original, rewritten, example)
+    if found.after > found.before:
+        reason = found.reasons[0] if found.reasons else "unknown"
+        raise ConvrewriteError(f"the rewrite adds {found.after - found.before} graph breaks: {reason}", where="compile")
+    click.echo(f"compile: {found.after} graph breaks, {found.before} before", err=True)
+
+
+def _extras(model: Any, kind: str, example: tuple[Any, ...]) -> dict[str, Any]:
+    """File name -> function that writes it into the folder."""
+    from convrewrite import emitting
+
+    if kind == "graph":
+        code = emitting.emit(model, "graph", example).code
+        return {"graph.txt": lambda path: path.write_text(code, encoding="utf-8")}
+    if kind == "exported":
+        import torch
+
+        program = emitting.emit(model, "exported", example)
+        return {"model.pt2": lambda path: torch.export.save(program, path)}
+    if kind == "onnx":
+        return {"model.onnx": lambda path: emitting.write_onnx(model, example, path)}
+    return {}

@@ -1,0 +1,44 @@
+"""`convrewrite inspect`: the table of sites."""
+
+from __future__ import annotations
+
+import click
+
+from convrewrite.cli.common import clean_errors, format_option, model_options, put, source_of
+
+
+@click.command(name="inspect")
+@click.argument("model")
+@click.option("--select", "-s", metavar="SELECTOR", help='Only these, e.g. "role:stem,not name:layer3.*".')
+@model_options
+@format_option
+@click.option("--json", "as_json", is_flag=True, help="Same as --format json.")
+@click.option("--out", metavar="FILE", help="Write to a file.")
+@clean_errors
+def command(
+    model: str,
+    select: str | None,
+    weights: str | None,
+    input_shape: str | None,
+    num_classes: int | None,
+    seed: int,
+    format_: str,
+    as_json: bool,
+    out: str | None,
+) -> None:
+    """Show every convolution of MODEL with its role, stage, block, shapes and cost.
+
+    MODEL is resnet50, torchvision:NAME, timm:NAME, package.module:factory, path/file.py:factory,
+    or a folder written by apply.
+    """
+    from convrewrite.pipeline import inspect
+    from convrewrite.report import render_sites
+
+    source = source_of(model, weights, input_shape, num_classes, seed, meta=weights is None)
+    sites = inspect(source.model, example=source.example)
+    if select:
+        from convrewrite.match import select as choose
+        from convrewrite.selectline import parse
+
+        sites = tuple(choose(sites, parse(select))[0])
+    put(render_sites(sites, "json" if as_json else format_), out)

@@ -1,0 +1,117 @@
+"""`convrewrite rules`: list, show, schema, new, test."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from convrewrite.cli.common import clean_errors, put, write_text
+from convrewrite.errors import ConvrewriteError
+
+if TYPE_CHECKING:
+    from convrewrite.rulefile import RuleFile
+
+
+@click.group(name="rules", invoke_without_command=True)
+@click.pass_context
+def command(ctx: click.Context) -> None:
+    """List the built-in rule files; show, scaffold or test one."""
+    if ctx.invoked_subcommand is None:
+        ctx.invoke(list_rules)
+
+
+@command.command(name="list")
+@clean_errors
+def list_rules() -> None:
+    """List the built-in rule files."""
+    from tabulate import tabulate
+
+    from convrewrite.rulefile import builtin_names, load_rules
+
+    rows = []
+    for name in builtin_names():
+        file = load_rules(name)
+        rows.append((name, len(file.rules), file.summary, file.reference))
+    click.echo(tabulate(rows, headers=("name", "rules", "summary", "reference"), tablefmt="simple"))
+
+
+@command.command()
+@click.argument("name")
+@clean_errors
+def show(name: str) -> None:
+    """Print a rule file."""
+    from convrewrite.rulefile import path_of
+
+    click.echo(path_of(name).read_text(encoding="utf-8").rstrip("\n"))
+
+
+@command.command()
+@click.option("--out", metavar="FILE", help="Write to a file.")
+@clean_errors
+def schema(out: str | None) -> None:
+    """Print the JSON Schema of rule files, for editors."""
+    from convrewrite.rulefile import json_schema
+
+    put(json.dumps(json_schema(), indent=2) + "\n", out)
+
+
+@command.command()
+@click.argument("name")
+@click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
+@clean_errors
+def new(name: str, overwrite: bool) -> None:
+    """Write NAME.yaml, a rule file to start from."""
+    from convrewrite.rulefile import template
+
+    path = Path(name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
+    if path.exists() and not overwrite:
+        raise ConvrewriteError("the file exists", where=str(path), fix="use --overwrite")
+    write_text(path, template(path.stem))
+    click.echo(f"wrote {path}")
+
+
+@command.command()
+@click.argument("names", nargs=-1)
+@click.option("--verbose", "-v", is_flag=True, help="Also the tests that pass.")
+@clean_errors
+def test(names: tuple[str, ...], verbose: bool) -> None:
+    """Run the tests that rule files carry: matched, missing and noisy sites per model. All built-in files by default."""
+    from convrewrite.rulefile import builtin_names, load_rules
+
+    failed = ran = 0
+    for name in names or builtin_names():
+        file = load_rules(name)
+        for one in file.tests:
+            ran += 1
+            lines = _run(file, one)
+            failed += bool(lines)
+            if lines or verbose:
+                click.echo(f"{'FAIL' if lines else 'ok  '} {file.name}  {one.model}")
+            for line in lines:
+                click.echo(f"     {line}")
+    click.echo(f"{ran - failed} of {ran} tests passed")
+    if failed or not ran:
+        raise SystemExit(1)
+
+
+def _run(file: RuleFile, one: Any) -> list[str]:
+    """What is wrong, a line each."""
+    from convrewrite.match import test_expectation, test_sites
+    from convrewrite.pipeline import inspect
+    from convrewrite.sources import resolve
+
+    source = resolve(one.model, meta=True)
+    sites = inspect(source.model, example=source.example)
+    found = test_sites(sites, file)
+    lines = []
+    for rule in file.rules:
+        wish = one.sites.rule(rule.id)
+        if wish is None:
+            continue
+        result = test_expectation(found[rule.id], wish)
+        if not result.ok:
+            lines.append(f"{rule.id}: {result}")
+    return lines

@@ -1,0 +1,82 @@
+"""Whole folders or nothing: a folder is filled beside its place and moved there in one step."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder to fill, which takes the place of `folder` when the block ends well.
+
+    What stood there is gone only after the new one is complete and on disk. If the block raises, also
+    by ctrl-C, the temporary folder is removed and `folder` is as it was. A process that is killed may
+    leave the temporary folder (``.NAME.saving-...``) beside an untouched `folder`.
+    """
+    place = Path(os.path.realpath(folder))  # a link keeps pointing where it did
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = place.with_name(f".{place.name}.saving-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        temporary.mkdir()  # not mkdtemp: a saved model is as readable as any other file of the user
+        yield temporary
+        for path in sorted(temporary.iterdir()):
+            _sync(path)
+        _sync(temporary)
+        _move(temporary, place)
+        _sync(place.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # half written, or the old folder after the exchange
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _move(temporary: Path, place: Path) -> None:
+    if not place.exists() or not any(place.iterdir()):
+        os.rename(temporary, place)  # POSIX lets a folder replace an empty one
+    elif not _exchange(temporary, place):
+        # No atomic exchange on this system: the old folder is out of place for the moment between two renames.
+        old = place.with_name(f"{temporary.name}.old")
+        os.rename(place, old)
+        try:
+            os.rename(temporary, place)
+        except BaseException:
+            os.rename(old, place)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one atomic step (Linux renameat2); False where the system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    status: int = renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    return status == 0
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt":
+        return  # folders cannot be opened there
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

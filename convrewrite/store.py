@@ -1,0 +1,280 @@
+"""Rewritten models on disk: a folder with the tensors and the recipe to build the rest again. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from convrewrite import provenance
+from convrewrite.atomic import new_folder, sha256
+from convrewrite.errors import ConvrewriteError, StoreError
+from convrewrite.identity import identity
+from convrewrite.plans import Plan
+from convrewrite.reports import Report
+from convrewrite.sources import Source, rebuild, recognise
+from convrewrite.tensorfile import put_tensors, read_tensors, shared_tensors, write_tensors
+
+FORMAT = 1
+_TENSORS, _RECIPE, _PLAN = "model.safetensors", "recipe.json", "plan.json"
+_REPORTS = {"report.txt": "text", "report.md": "markdown", "report.json": "json", "report.html": "html"}
+_PACKAGES = ("convrewrite", "torch", "torchvision", "timm", "safetensors")
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    source: Source | Mapping[str, Any] | None = None,
+    report: Report | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a rewritten model to `folder`: all of it, or, on any error and on ctrl-C, nothing.
+
+    Args:
+        source: where the model came from before the rewrite, if it does not know; if nobody does, it is
+            recognised where it can be, and otherwise `load` has to be given the original as `base`.
+        report: written too, as text, Markdown, JSON and HTML.
+        overwrite: replace a model that was saved there before; the exchange is atomic.
+
+    Raises:
+        StoreError: the model was not rewritten, the folder is in use, or a tensor cannot be written.
+    """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+    note = provenance.of(model)
+    if note is None:
+        name = type(model).__name__
+        raise StoreError("the model was not rewritten by convrewrite", where=name, fix="save what rewrite() returned")
+    place = Path(folder)
+    _check_free(place, overwrite=overwrite)
+    recipe = _completed(note.source or _recipe_of(source), model, note.identity)
+    try:
+        with new_folder(place) as filling:
+            write_tensors(model, filling / _TENSORS)
+            (filling / _PLAN).write_text(note.plan.to_json() + "\n", encoding="utf-8")
+            _write_reports(report, filling)
+            document = {
+                "format": FORMAT,
+                "model": note.plan.model,
+                "source": recipe,
+                "identity": note.identity,
+                "plan_hash": note.plan.hash,
+                "tensors_sha256": sha256(filling / _TENSORS),
+                "versions": _versions(),
+                **_flags(model),
+            }
+            (filling / _RECIPE).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StoreError(f"cannot write: {error.strerror or error}", where=str(folder)) from error
+
+
+def load(
+    folder: str | Path,
+    *,
+    base: nn.Module | Callable[[], nn.Module] | None = None,
+    device: str | torch.device | None = None,
+) -> nn.Module:
+    """Build a saved model again: the original from its recipe, the plan replayed on it, the tensors put in.
+
+    Outputs are bitwise those of the saved model. A recipe that names a factory imports and calls it, so
+    load a stranger's folder with `base`.
+
+    Args:
+        base: the original model, or a function that builds it (any weights); instead of the recipe.
+        device: where the model is moved at the end.
+
+    Raises:
+        StoreError: the folder is not a saved model, is damaged, or its original cannot be built.
+    """
+    place = Path(folder)
+    recipe, plan = _read(place)
+    if sha256(place / _TENSORS) != recipe["tensors_sha256"]:
+        raise StoreError("the file is damaged (its SHA-256 is not the recipe's)", where=str(place / _TENSORS))
+    original = _original(recipe, base, str(place))
+    model = _edited(original, plan)
+    tensors, aliases = read_tensors(place / _TENSORS)
+    if shared_tensors(model) != aliases:
+        raise StoreError("the rebuilt model shares other tensors than the saved one", where=str(place))
+    try:
+        put_tensors(model, tensors)
+    except StoreError as error:
+        raise StoreError(error.what, where=str(place), fix=_other_versions(recipe)) from None
+    _set_flags(model, recipe)
+    provenance.attach(model, plan=plan, identity=recipe["identity"], source=recipe["source"])
+    return model if device is None else model.to(device)
+
+
+def rewritten_recipe(folder: str | Path) -> dict[str, Any]:
+    """The recipe for the architecture saved in `folder`, complete in itself: it holds the plan."""
+    recipe, plan = _read(Path(folder))
+    return {
+        "kind": "rewritten",
+        "name": recipe["model"],
+        "base": recipe["source"],
+        "identity": recipe["identity"],
+        "plan": plan.to_dict(),
+    }
+
+
+def replay(recipe: Mapping[str, Any]) -> nn.Module:
+    """Build what a `rewritten_recipe` describes, with fresh weights."""
+    plan = Plan.from_json(json.dumps(recipe["plan"]), where="the recipe's plan")
+    saved = {"source": recipe["base"], "identity": recipe["identity"], "versions": {}}
+    model = _edited(_original(saved, None, str(recipe["name"])), plan)
+    provenance.attach(model, plan=plan, identity=recipe["identity"], source=recipe["base"])
+    return model
+
+
+def _edited(model: nn.Module, plan: Plan) -> nn.Module:
+    from convrewrite.editing import apply_plan
+
+    edited: nn.Module = apply_plan(model, plan)
+    return edited
+
+
+def _original(recipe: Mapping[str, Any], base: nn.Module | Callable[[], nn.Module] | None, where: str) -> nn.Module:
+    """The model before the rewrite, checked to be the one that was rewritten."""
+    if isinstance(base, nn.Module):
+        original = base
+    elif base is not None:
+        original = base()
+        if not isinstance(original, nn.Module):
+            raise StoreError(f"base returned a {type(original).__name__}, not an nn.Module", where=where)
+    elif recipe["source"] is None:
+        fix = "give the original model: convrewrite.load(folder, base=model)"
+        raise StoreError("the folder does not say how to build the original model", where=where, fix=fix)
+    else:
+        try:
+            original = rebuild(recipe["source"])
+        except ConvrewriteError as error:
+            raise StoreError(f"the original cannot be built: {error}", where=where) from error
+    if identity(original) == recipe["identity"]:
+        return original
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):  # it may have been converted before the rewrite
+        if base is None and identity(converted := original.to(dtype)) == recipe["identity"]:
+            return converted
+    fix = _other_versions(recipe) or "give the original model as base"
+    raise StoreError("the model before the rewrite was another one than is built now", where=where, fix=fix)
+
+
+def _read(place: Path) -> tuple[dict[str, Any], Plan]:
+    """Recipe and plan of a saved folder, checked against each other."""
+    if not (place / _RECIPE).is_file():
+        raise StoreError(f"this is no saved model (no {_RECIPE})", where=str(place))
+    for name in (_PLAN, _TENSORS):
+        if not (place / name).is_file():
+            raise StoreError(f"{name} is missing", where=str(place), fix="save the model again")
+    recipe = _read_recipe(place / _RECIPE)
+    try:
+        plan = Plan.from_json((place / _PLAN).read_text(encoding="utf-8"), where=str(place / _PLAN))
+    except (ConvrewriteError, ValueError) as error:
+        raise StoreError(str(error) if isinstance(error, ConvrewriteError) else "not text", where=str(place)) from None
+    if plan.hash != recipe["plan_hash"]:
+        raise StoreError("the plan is not the one the model was saved with", where=str(place / _PLAN))
+    return recipe, plan
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    try:
+        recipe = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise StoreError("the file is damaged (not JSON)", where=str(path), fix="save the model again") from None
+    if not isinstance(recipe, dict) or recipe.get("format") != FORMAT:
+        found = recipe.get("format") if isinstance(recipe, dict) else None
+        raise StoreError(f"format {found!r}, this version reads {FORMAT}", where=str(path))
+    wanted: dict[str, Any] = {
+        "identity": str,
+        "model": str,
+        "plan_hash": str,
+        "source": dict | None,
+        "tensors_sha256": str,
+        "training": bool,
+        "training_except": list,
+        "frozen": list,
+        "versions": dict,
+    }
+    for key, kind in wanted.items():
+        if key not in recipe or not isinstance(recipe[key], kind):
+            raise StoreError(f"the file is damaged ('{key}')", where=str(path), fix="save the model again")
+    return recipe
+
+
+def _check_free(place: Path, *, overwrite: bool) -> None:
+    """Only an absent or empty folder, or with `overwrite` one that holds a saved model and nothing else."""
+    if place.exists() and not place.is_dir():
+        raise StoreError("this is a file", where=str(place), fix="name a folder")
+    names = {path.name for path in place.iterdir()} if place.exists() else set()
+    if not names:
+        return
+    foreign = sorted(names - {_TENSORS, _RECIPE, _PLAN, *_REPORTS})
+    if foreign or _RECIPE not in names:
+        held = f"holds '{foreign[0]}'" if foreign else "is not empty"
+        raise StoreError(f"the folder {held}, which convrewrite did not write", where=str(place), fix="name another")
+    if not overwrite:
+        raise StoreError("a model is saved there already", where=str(place), fix="name another folder, or overwrite")
+
+
+def _recipe_of(source: Source | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    return source.recipe if isinstance(source, Source) else source
+
+
+def _completed(recipe: Mapping[str, Any] | None, model: nn.Module, wanted: str) -> dict[str, Any] | None:
+    """`recipe`, or the recognised one; also of the original underneath several rewrites."""
+    if recipe is None:
+        return recognise(model, wanted)
+    if recipe.get("kind") == "rewritten":
+        return {**recipe, "base": _completed(recipe["base"], model, recipe["identity"])}
+    return dict(recipe)
+
+
+def _flags(model: nn.Module) -> dict[str, Any]:
+    """Train or eval of every module and the frozen parameters, written as exceptions to keep it short."""
+    modules = model.named_modules()
+    return {
+        "training": model.training,
+        "training_except": [path for path, module in modules if module.training != model.training],
+        "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
+    }
+
+
+def _set_flags(model: nn.Module, recipe: Mapping[str, Any]) -> None:
+    others, frozen = set(recipe["training_except"]), set(recipe["frozen"])
+    for path, module in model.named_modules():  # not train(): models override it
+        module.training = recipe["training"] != (path in others)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() or parameter.is_complex():
+            parameter.requires_grad_(name not in frozen)
+
+
+def _write_reports(report: Report | None, folder: Path) -> None:
+    if report is None:
+        return
+    from convrewrite.report import render
+
+    for name, format in _REPORTS.items():
+        (folder / name).write_text(render(report, format), encoding="utf-8")
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # timm is optional
+            continue
+    return found
+
+
+def _other_versions(recipe: Mapping[str, Any]) -> str | None:
+    """What may explain a difference: packages that were of another version at the time of saving."""
+    now = _versions()
+    then = {name: version for name, version in recipe["versions"].items() if now.get(name) != version}
+    if not then:
+        return None
+    return "it was saved with " + ", ".join(f"{name} {version}" for name, version in sorted(then.items()))
