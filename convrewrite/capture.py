@@ -52,7 +52,7 @@ class Region:
         graph: its fx graph; targets are relative to `prefix`.
         shapes: of every node that yields a tensor, its shape; of one that yields several, a tuple of shapes.
         calls: the entered modules' calls, in order of their return.
-        trained_only: True if the graph is of train mode and eval mode leaves some of its convolutions out.
+        single: True if the traced module is one convolution, held under the name "it".
     """
 
     prefix: str
@@ -60,9 +60,12 @@ class Region:
     graph: fx.Graph
     shapes: dict[fx.Node, Any] = field(default_factory=dict)
     calls: list[ModuleCall] = field(default_factory=list)
+    single: bool = False
 
     def path(self, target: str) -> str:
         """Path from the model's root of a target of this region's graph."""
+        if self.single:
+            return self.prefix
         return f"{self.prefix}.{target}" if self.prefix and target else self.prefix or target
 
 
@@ -143,6 +146,8 @@ def _refuse_unsupported(model: nn.Module) -> None:
         raise CaptureError(f"the model is wrapped by {kind.__name__}", where="model", fix="rewrite model.module")
     if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         raise CaptureError("the model is TorchScript", where="model", fix="rewrite the eager nn.Module")
+    if isinstance(model, CONVS):
+        raise CaptureError("the model is itself a convolution", where="model", fix="wrap it: nn.Sequential(model)")
     for path, module in model.named_modules():
         if type(module).__module__.startswith(_QUANTIZED):
             raise CaptureError("the module is quantized", where=path, fix="rewrite first, quantize afterwards")
@@ -203,6 +208,10 @@ class _Capture:
 
     def _trace(self, prefix: str, module: nn.Module, stay: dict[nn.Module, str]) -> Region | None:
         """Trace in train mode (a superset of eval's convolutions in every known model), else in eval mode."""
+        if isinstance(module, CONVS) or stand_of(module) is not None:
+            holder = nn.Sequential()
+            holder.add_module("it", module)
+            return Region(prefix, holder, _Tracer({}, set()).trace(holder), single=True)
         for training in (True, False):
             _set_mode(self.skeleton, training=training)
             traced = self._trace_in_mode(prefix, module, stay)
@@ -381,6 +390,12 @@ def _copy(model: nn.Module, convert: Callable[[Tensor, bool], Tensor]) -> nn.Mod
         raise CaptureError(
             f"the model cannot be deep-copied: {_first_line(error)}", where=type(model).__name__
         ) from error
+    for module in twin.modules():
+        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            hooks = vars(module).get(name) or {}
+            for key, hook in list(hooks.items()):
+                if not type(hook).__module__.startswith("torch.nn.utils"):  # weight_norm's hook computes the weight
+                    del hooks[key]
     return twin
 
 

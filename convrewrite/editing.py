@@ -21,16 +21,24 @@ from convrewrite.errors import ConvrewriteError, EditError
 from convrewrite.inserting import insert
 from convrewrite.plans import Edit, Plan
 from convrewrite.sites import ConvSpec, Place
-from convrewrite.stands import Stand, mark
+from convrewrite.stands import Stand, mark, stand_of
 
 
 @dataclass(frozen=True)
 class Edited:
-    """The rewritten copy, and where every tensor of the original went: its keys in the copy, () if dropped."""
+    """What came of a plan.
+
+    Attributes:
+        model: the rewritten copy.
+        moved: key of the original -> its keys in the copy; () if it is not there any more.
+        touched: module path in the copy -> id of the edit that owns what is below it.
+        absorbing: ids of the edits whose blocks took the convolution's weights into their own.
+    """
 
     model: nn.Module
     moved: dict[str, tuple[str, ...]]
     touched: dict[str, str]
+    absorbing: frozenset[str] = frozenset()
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
@@ -50,9 +58,13 @@ def edit_model(model: nn.Module, plan: Plan) -> Edited:
     except Exception as error:
         raise EditError(f"the model cannot be deep-copied: {error}", where=type(model).__name__) from error
     originals = {key: memo.get(id(t), t) for key, t in _tensors(model)}
+    functional = {}
     for edit in plan.edits:
+        if ":" in edit.path:
+            functional.update(dict.fromkeys(graphs.parameter_keys(twin, edit.path), edit.id))
         twin = _apply(twin, edit, plan.seed)
-    return Edited(twin, _moves(originals, twin), _touched(twin, plan))
+    absorbing = frozenset(e.id for e in plan.edits if e.how == "holds the conv")
+    return Edited(twin, _moves(originals, twin), _touched(twin, plan) | functional, absorbing)
 
 
 def _apply(model: nn.Module, edit: Edit, seed: int) -> nn.Module:
@@ -84,9 +96,12 @@ def _replacement(conv: nn.Conv2d, edit: Edit, seed: int) -> nn.Module:
     if spec != edit.site.conv:
         raise EditError(f"the convolution is {spec}, the plan was made for {edit.site.conv}", where=edit.path)
     block = _build(edit, spec, seed, conv)
+    if edit.how == "holds the conv":
+        block.load_conv(conv)
     new: nn.Module = Blend(conv, block) if edit.how == "blend" else block
     new.training = conv.training
-    mark(new, Stand(edit.id, edit.rule, edit.block, spec, edit.site.module_class))
+    path = edit.path if ":" in edit.path else ""
+    mark(new, Stand(edit.id, edit.rule, edit.block, spec, edit.site.module_class, path))
     return new
 
 
@@ -175,7 +190,10 @@ def _touched(twin: nn.Module, plan: Plan) -> dict[str, str]:
         elif colon:
             name = "convrewrite_" + weight.replace(".", "_")
             owners[f"{owner}.{name}" if owner else name] = edit.id
-            owners[f"{owner}.{weight}" if owner else weight] = edit.id
         else:
             owners[edit.path] = edit.id
+    stands = {id(m): s.edit for m in twin.modules() if (s := stand_of(m)) is not None}
+    for name, module in twin.named_modules(remove_duplicate=False):
+        if id(module) in stands:  # also where it is registered under another name
+            owners.setdefault(name, stands[id(module)])
     return owners

@@ -72,6 +72,14 @@ def convolution(model: nn.Module, path: str) -> nn.Conv2d:
     return conv.train(module.training)
 
 
+def parameter_keys(model: nn.Module, path: str) -> list[str]:
+    """State-dict keys of the parameters that the functional convolution "owner:weight" uses."""
+    owner = path.rpartition(":")[0]
+    values = functional_arguments(_node(model.get_submodule(owner), path))
+    names = [str(v.target) for k in ("weight", "bias") if isinstance(v := values.get(k), fx.Node)]
+    return [f"{owner}.{name}" if owner else name for name in names]
+
+
 def with_module(model: nn.Module, path: str, new: nn.Module) -> fx.GraphModule:
     """The owner as a GraphModule in which `new` computes what the functional convolution did."""
     owner, _, weight = path.rpartition(":")
@@ -81,16 +89,17 @@ def with_module(model: nn.Module, path: str, new: nn.Module) -> fx.GraphModule:
     if graphs is None:
         raise EditError("its forward depends on train or eval mode", where=owner)
     node = _uses(graphs, weight)[0]
+    taken = {str(v.target) for k in ("weight", "bias") if isinstance(v := functional_arguments(node).get(k), fx.Node)}
     module.add_module(name, new)
     with graphs.inserting_before(node):
         call = graphs.call_module(name, (functional_arguments(node)["input"],))
     node.replace_all_uses_with(call)
     graphs.erase_node(node)
-    graphs.eliminate_dead_code()
+    for unused in [n for n in graphs.nodes if n.op == "get_attr" and not n.users]:
+        graphs.erase_node(unused)
     emitted = fx.GraphModule(module, graphs, class_name=type(module).__name__)
-    moved = {id(p) for p in new.parameters()}
     for key, tensor in module._parameters.items():  # what the graph does not use would be lost
-        if key not in emitted._parameters and id(tensor) not in moved:
+        if key not in emitted._parameters and key not in taken:
             emitted.register_parameter(key, tensor)
     for key, buffer in module._buffers.items():
         emitted.register_buffer(key, buffer, persistent=key not in module._non_persistent_buffers_set)

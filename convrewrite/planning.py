@@ -284,8 +284,10 @@ def _how(cls: type[Block], action: str, start: str) -> str | None:
     """What makes the start what it is, or None where the block has no such start."""
     if start == "fresh":
         return "paper's init"
+    if start == "exact" and action == "insert":
+        return "zero gate" if cls.exact else None
     if start == "exact":
-        return "blend" if action == "replace" else ("zero gate" if cls.exact else None)
+        return "holds the conv" if cls.holds_conv else "blend"
     return None
 
 

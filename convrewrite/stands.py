@@ -19,6 +19,7 @@ class Stand:
     Attributes:
         edit: id of the edit. rule: "file/rule". block: registry name of what stands there now.
         conv: the convolution that stood here. module_class: its class name.
+        path: of its site, where that is not the module's own path (a functional convolution).
     """
 
     edit: str
@@ -26,6 +27,7 @@ class Stand:
     block: str
     conv: ConvSpec
     module_class: str
+    path: str = ""
 
 
 def mark(module: nn.Module, stand: Stand) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import platform
 from collections.abc import Callable, Mapping
@@ -157,7 +158,7 @@ def _original(recipe: Mapping[str, Any], base: nn.Module | Callable[[], nn.Modul
     if identity(original) == recipe["identity"]:
         return original
     for dtype in (torch.float16, torch.bfloat16, torch.float64):  # it may have been converted before the rewrite
-        if base is None and identity(converted := original.to(dtype)) == recipe["identity"]:
+        if base is None and identity(converted := copy.deepcopy(original).to(dtype)) == recipe["identity"]:
             return converted
     fix = _other_versions(recipe) or "give the original model as base"
     raise StoreError("the model before the rewrite was another one than is built now", where=where, fix=fix)
@@ -197,6 +198,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         "training": bool,
         "training_except": list,
         "frozen": list,
+        "derived": dict,
         "versions": dict,
     }
     for key, kind in wanted.items():
@@ -234,12 +236,16 @@ def _completed(recipe: Mapping[str, Any] | None, model: nn.Module, wanted: str) 
 
 
 def _flags(model: nn.Module) -> dict[str, Any]:
-    """Train or eval of every module and the frozen parameters, written as exceptions to keep it short."""
+    """Train or eval of every module and the frozen parameters, written as exceptions to keep it short.
+
+    Buffers outside the state dict are derived again by the constructors; a later ``half()`` is in their dtype.
+    """
     modules = model.named_modules()
     return {
         "training": model.training,
         "training_except": [path for path, module in modules if module.training != model.training],
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
+        "derived": {name: str(b.dtype).removeprefix("torch.") for name, b in _derived_buffers(model).items()},
     }
 
 
@@ -250,6 +256,13 @@ def _set_flags(model: nn.Module, recipe: Mapping[str, Any]) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() or parameter.is_complex():
             parameter.requires_grad_(name not in frozen)
+    for name, buffer in _derived_buffers(model).items():
+        buffer.data = buffer.data.to(getattr(torch, recipe["derived"].get(name, ""), buffer.dtype))
+
+
+def _derived_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    kept = model.state_dict(keep_vars=True)
+    return {name: b for name, b in model.named_buffers() if name not in kept and b.is_floating_point()}
 
 
 def _write_reports(report: Report | None, folder: Path) -> None:

@@ -21,7 +21,9 @@ def fates(original: nn.Module, edited: Edited) -> tuple[TensorFate, ...]:
         found.append(_fate(name, came, fate, tensor, name in parameters, _owner(name, edited.touched)))
     for name, tensor in old.items():
         if not edited.moved.get(name):
-            found.append(_fate(name, name, "dropped", tensor, name in parameters, _owner(name, edited.touched)))
+            edit = _owner(name, edited.touched)
+            fate = "absorbed" if edit in edited.absorbing else "dropped"
+            found.append(_fate(name, name, fate, tensor, name in parameters, edit))
     return tuple(found)
 
 

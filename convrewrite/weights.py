@@ -198,7 +198,7 @@ def _advice(keys: list[str], reshaped: Mapping[str, tuple[Tensor, Tensor]], aske
     if not keys and rest and len(classes) == 1 and len(reshaped) <= 2 and next(iter(classes))[0]:
         number = next(iter(classes))[0][0]
         if asked is not None:
-            return f"the head was built with --num-classes {asked}: give {number} or weights trained with {asked} classes"
+            return f"--num-classes {asked} built the head: give {number}, or weights of {asked} classes"
         return f"build the head for these weights with --num-classes {number}"
     return "they are of another architecture, or of another build of this one"
 

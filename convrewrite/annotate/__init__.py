@@ -85,6 +85,7 @@ def _site(region: Region, skeleton: nn.Module, node: fx.Node, spec: ConvSpec, fa
     if module is not None:
         path, inside = region.path(str(node.target)), tuple(i for i in inside if i[0] != region.path(str(node.target)))
         class_name = stand.module_class if stand else type(module).__name__
+        path = stand.path if stand and stand.path else path
     else:
         path, class_name = _functional_path(region, node, inside), kind(region, node)
     return Site(
@@ -131,7 +132,8 @@ def _with_surroundings(
     path, in_shape, out_shape = _border(region, fact.span) if fact.span else (None, (), ())
     stage_path, stage_shape = None, ()
     if fact.stage in ends:
-        stage_path, _, stage_shape = _border(region, ends[fact.stage])
+        end = ends[fact.stage]
+        stage_path, _, stage_shape = _border(region, replace(end, exit=end.stage_exit or end.exit))
     from_end = blocks_in[fact.stage] - fact.block if fact.block is not None else None
     return replace(
         site,

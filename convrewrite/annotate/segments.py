@@ -24,6 +24,7 @@ class BlockSpan:
     entry: fx.Node | None = None
     exit: fx.Node | None = None
     joins: str = ""  # "add", "cat", or "" for a straight line
+    stage_exit: fx.Node | None = None  # where the whole dense block ends
 
 
 @dataclass
@@ -143,7 +144,7 @@ def _dense_layers(flow: Flow, cats: list[fx.Node], between: int) -> list[BlockSp
         seen |= own
         body = list(flow.members(own & flow.conv_bits))
         if body:
-            blocks.append(BlockSpan(body, [], None, arm, "cat"))
+            blocks.append(BlockSpan(body, [], None, arm, "cat", cats[-1]))
     return blocks
 
 

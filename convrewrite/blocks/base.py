@@ -34,6 +34,7 @@ class Block(nn.Module):
         Options: the pydantic model of its options.
         actions: which of "replace" and "insert" it can do.
         exact: True if the freshly built block, inserted, is the exact identity (its gate is zero).
+        holds_conv: True if `load_conv` makes the block compute exactly what a given convolution does.
         silent: parameters whose gradient is zero by construction (they cancel out of the formula).
         paper: "Author et al. year, arXiv id".
     """
@@ -41,6 +42,7 @@ class Block(nn.Module):
     Options: ClassVar[type[BlockOptions]] = BlockOptions
     actions: ClassVar[tuple[Action, ...]] = ("replace",)
     exact: ClassVar[bool] = False
+    holds_conv: ClassVar[bool] = False
     silent: ClassVar[tuple[str, ...]] = ()
     paper: ClassVar[str] = ""
     name: ClassVar[str] = ""
@@ -60,6 +62,10 @@ class Block(nn.Module):
     def cost(cls, place: Place, options: BlockOptions) -> Cost:
         """Analytic cost of the block at `place`: params, FLOPs (2 per multiply-add), activation bytes."""
         raise NotImplementedError(f"{cls.__name__} must define cost()")
+
+    def load_conv(self, conv: nn.Conv2d) -> None:
+        """Take over the weights of the convolution that is replaced, so that the output stays the same."""
+        raise NotImplementedError(f"{type(self).__name__} does not hold a convolution")
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}"

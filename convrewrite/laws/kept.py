@@ -13,7 +13,7 @@ from convrewrite.reports import LawResult
 def kept(case: Case) -> LawResult:
     """Look at every key of the original's state dict and compare values."""
     old, new = case.original.state_dict(), case.rewritten.state_dict()
-    dropped = {t.name: t.edit for t in case.tensors if t.fate == "dropped"}
+    dropped = {t.name: t.edit for t in case.tensors if t.fate in ("dropped", "absorbed")}
     may_drop = {e.id for e in case.plan.edits if e.action == "replace" and e.how != "blend"}
     for key, tensor in old.items():
         targets = [k for k in case.moved.get(key, ()) if k in new]
@@ -24,8 +24,8 @@ def kept(case: Case) -> LawResult:
         for target in targets:
             if new[target].shape != tensor.shape or not (tensor.is_meta or torch.equal(new[target], tensor)):
                 return LawResult("kept", "broken", f"{key} is not the same at {target}")
-    listed = {t.name for t in case.tensors if t.fate != "dropped"}
+    listed = {t.name for t in case.tensors if t.fate in ("carried", "new")}
     unlisted = next((k for k in new if k not in listed), None)
     if unlisted:
         return LawResult("kept", "broken", f"{unlisted} is in the new state dict and in no list")
-    return LawResult("kept", "held", f"{len(old) - len(dropped)} of {len(old)} tensors carried, {len(dropped)} dropped")
+    return LawResult("kept", "held", f"{len(old) - len(dropped)} of {len(old)} tensors carried, {len(dropped)} not")

@@ -66,7 +66,8 @@ def conclusion(report: Report) -> str:
     params = figures.percent(plan.totals.params_before, plan.totals.params_after)
     flops = figures.percent(plan.totals.flops_before, plan.totals.flops_after)
     forced = "FORCED, " if report.forced and not report.ok else ""
-    return f"Result: {forced}{replaced} replaced, {inserted} inserted, params {params}, FLOPs {flops}, {laws_line(report)}{drift}."
+    edits = f"{replaced} replaced, {inserted} inserted"
+    return f"Result: {forced}{edits}, params {params}, FLOPs {flops}, {laws_line(report)}{drift}."
 
 
 def report_document(report: Report, *, verbose: bool) -> Document:

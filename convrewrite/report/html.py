@@ -1,4 +1,4 @@
-"""The HTML format: one self-contained file with a picture of the network, cost bars and tables; light, dark and print."""
+"""The HTML format: one self-contained file with a picture of the network, cost bars and tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan says, in pieces that every format uses: lines per edit, near misses, totals, why there is nothing to do."""
+"""What a plan says, in pieces that every format uses: edits, near misses, totals, why there is nothing to do."""
 
 from __future__ import annotations
 

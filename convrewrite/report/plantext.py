@@ -109,8 +109,7 @@ def _explain_site(plan: Plan, site: Site) -> str:
     lines = [figures.plain(site.id), textwrap.indent(grid(_facts(site)), "  "), ""]
     rules = content.rules_of(plan)
     for rule in rules:
-        lines.append(figures.plain(rule))
-        lines += [f"  {line}" for line in _verdict(plan, rule, site)]
+        lines += [figures.plain(rule), *(f"  {line}" for line in _verdict(plan, rule, site))]
     return "\n".join(lines if rules else [*lines, "no rules"])
 
 
@@ -142,9 +141,7 @@ def _or_none(value: int | None) -> str:
 def _verdict(plan: Plan, rule: str, site: Site) -> list[str]:
     """What one rule does with the site, in sentences."""
     lines = [_matched(e) for e in plan.edits if e.rule == rule and site.id in (e.site.id, *e.calls)]
-    for refusal in content.refused_by(plan, rule):
-        if refusal.site.id == site.id:
-            lines.append(_refused(refusal))
+    lines += [_refused(r) for r in content.refused_by(plan, rule) if r.site.id == site.id]
     return lines or ["does not look at it"]
 
 

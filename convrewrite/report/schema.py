@@ -1,4 +1,4 @@
-"""The JSON Schema (2020-12) of the report, for those who read it with tools. ``docs/report.md`` says what each field means."""
+"""The JSON Schema (2020-12) of the report, for tools; ``docs/report.md`` says what each field means."""
 
 from __future__ import annotations
 

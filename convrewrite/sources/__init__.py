@@ -133,7 +133,9 @@ def parse_input(value: str | tuple[int, ...]) -> Shape:
     else:
         shape = tuple(value)
     if len(shape) != 4 or not all(type(n) is int and 0 < n < 2**31 for n in shape):
-        raise SourceError(f"'{value}' is no input shape", fix="give batch x channels x height x width, as in 1x3x224x224")
+        raise SourceError(
+            f"'{value}' is no input shape", fix="give batch x channels x height x width, as in 1x3x224x224"
+        )
     return shape
 
 
@@ -172,7 +174,9 @@ def _unknown(spec: str, known: list[str]) -> SourceError:
     if path.suffix == ".py":
         return SourceError("a file needs the name of a factory", where=spec, fix=f"write '{spec}:function'")
     if is_file(spec):
-        return SourceError("this is a file of weights, not a model", where=spec, fix="name the model, and give it as --weights")
+        return SourceError(
+            "this is a file of weights, not a model", where=spec, fix="name the model, and give it as --weights"
+        )
     hint = closest(spec, known) or "give a name of torchvision or timm, 'package.module:factory', or a saved folder"
     return SourceError(f"unknown model '{spec}'", fix=hint)
 

@@ -96,7 +96,7 @@ def build(make: Callable[[], nn.Module], *, seed: int, meta: bool) -> nn.Module:
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     # Generators of devices that were never used are left alone: seeding them would start them.
-    cuda = torch.cuda.is_initialized()
+    cuda: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if cuda else []):
         torch.default_generator.manual_seed(seed)
         if cuda:

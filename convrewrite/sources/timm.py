@@ -25,7 +25,7 @@ class Timm:
         asked_for = spec.startswith(_PREFIX)
         name = spec.removeprefix(_PREFIX)
         architecture, _, tag = name.partition(".")
-        if not asked_for and architecture not in self.names():
+        if not asked_for and not (architecture.isidentifier() and architecture in self.names()):
             return None
         _require()
         if architecture not in self.names():
@@ -101,7 +101,9 @@ def _check_tag(architecture: str, tag: str) -> None:
     tags = _tags(architecture)
     if tag not in tags:
         known = f"there are {', '.join(tags)}" if tags else "it has no pretrained weights"
-        raise SourceError(f"there are no weights '{tag}'", where=_PREFIX + architecture, fix=closest(tag, tags) or known)
+        raise SourceError(
+            f"there are no weights '{tag}'", where=_PREFIX + architecture, fix=closest(tag, tags) or known
+        )
 
 
 def _with_tag(name: str, weights: str) -> str:

@@ -27,7 +27,7 @@ class Torchvision:
             if name not in self.names():
                 raise _unknown(name, self.names())
             return name
-        return spec if spec in self.names() else None
+        return spec if spec.isidentifier() and spec in self.names() else None
 
     def names(self) -> Sequence[str]:
         return _names()

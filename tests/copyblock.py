@@ -1,0 +1,70 @@
+"""Blocks for tests only: an equal copy of the convolution, and an insertable identity."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from convrewrite.blocks.base import BLOCKS, Block, BlockOptions, register_block
+from convrewrite.sites import Cost, Place
+
+if "test_copy" not in BLOCKS:
+
+    @register_block("test_copy")
+    class ConvCopy(Block):
+        """The convolution itself, with the same state-dict keys."""
+
+        actions = ("replace",)
+        holds_conv = True
+
+        def __init__(self, place: Place, options: BlockOptions) -> None:
+            super().__init__(place, options)
+            conv = place.conv
+            assert conv is not None
+            self.conv_arguments = {
+                "stride": conv.stride,
+                "dilation": conv.dilation,
+                "groups": conv.groups,
+            }
+            self.conv = conv
+            self.padding: object = None
+            shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel)
+            self.weight = nn.Parameter(torch.zeros(shape))
+            self.register_parameter("bias", nn.Parameter(torch.zeros(conv.out_channels)) if conv.bias else None)
+
+        @classmethod
+        def cost(cls, place: Place, options: BlockOptions) -> Cost:
+            assert place.conv is not None
+            n, _, h, w = place.out_shape
+            return Cost(place.conv.params, place.conv.flops(n, h, w), 0, 0)
+
+        def load_conv(self, conv: nn.Conv2d) -> None:
+            self.source = [conv]  # in a list: its forward is used, its parameters are not registered twice
+            with torch.no_grad():
+                self.weight.copy_(conv.weight)
+                if conv.bias is not None:
+                    assert self.bias is not None
+                    self.bias.copy_(conv.bias)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.source[0]._conv_forward(x, self.weight, self.bias)
+
+    @register_block("test_tail")
+    class Tail(Block):
+        """A gated 1x1 convolution: x + gate * conv(x), the identity at start."""
+
+        actions = ("insert",)
+        exact = True
+
+        def __init__(self, place: Place, options: BlockOptions) -> None:
+            super().__init__(place, options)
+            self.project = nn.Conv2d(self.in_channels, self.in_channels, 1)
+            self.gate = nn.Parameter(torch.zeros(()))
+
+        @classmethod
+        def cost(cls, place: Place, options: BlockOptions) -> Cost:
+            n, c, h, w = place.in_shape
+            return Cost(c * c + c + 1, 2 * n * c * c * h * w, 0, 0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.gate * self.project(x)

@@ -1,0 +1,121 @@
+"""Capture and annotation on networks that break naive tracing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import convrewrite as cr
+from convrewrite.capture import capture
+from convrewrite.errors import CaptureError, ConvrewriteError
+
+from .nets import NETS, SHAPE, Aliased, Opaque, Residual, Shared, TwoOutputs, WithFunctional
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_capture_leaves_the_model_untouched(name: str) -> None:
+    torch.manual_seed(0)
+    model = NETS[name]()
+    before = copy.deepcopy(model.state_dict())
+    flags = {n: m.training for n, m in model.named_modules()}
+    cr.inspect(model, example=SHAPE)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    assert flags == {n: m.training for n, m in model.named_modules()}
+    assert not any(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_every_convolution_of_the_model_is_a_site_with_the_shapes_of_a_real_run(name: str) -> None:
+    model = NETS[name]()
+    seen: dict[str, list[tuple[torch.Size, torch.Size]]] = {}
+    names = {m: n for n, m in model.named_modules()}
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(
+                lambda m, args, out: seen.setdefault(names[m], []).append((args[0].shape, out.shape))
+            )
+    model(torch.randn(SHAPE))
+    sites = cr.inspect(model, example=SHAPE)
+    found: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
+    for site in sites:
+        if site.kind == "module":
+            found.setdefault(site.path, []).append((site.in_shape, site.out_shape))
+    assert found == {k: [(tuple(a), tuple(b)) for a, b in v] for k, v in seen.items()}
+
+
+def test_roles_and_stages_of_a_small_residual_network() -> None:
+    facts = {s.path: (s.role, s.stage, s.block, s.position) for s in cr.inspect(Residual(), example=SHAPE)}
+    assert facts["stem"] == ("stem", 0, None, None)
+    assert facts["layer1.0.conv2"] == ("bottleneck_spatial", 1, 0, 2)
+    assert facts["layer2.0.skip"] == ("downsample", 2, 0, 1)
+    assert facts["layer2.1.conv3"] == ("pointwise", 2, 1, 3)
+
+
+def test_surroundings_of_a_site() -> None:
+    site = next(s for s in cr.inspect(Residual(), example=SHAPE) if s.path == "layer1.1.conv2")
+    assert site.follows[:3] == ("relu", "batch_norm", "conv2d")
+    assert site.precedes[:3] == ("batch_norm", "relu", "conv2d")
+    assert [c for _, c in site.inside] == ["Sequential", "Bottleneck"]
+    assert (site.block_path, site.stage_path) == ("layer1.1", "layer1.1")
+    assert site.stage_from_end == 2
+    assert site.receptive_field == (7, 7)  # three 3x3 at stride 1: stem, layer1.0.conv2, itself
+
+
+def test_a_module_called_twice_has_two_sites_and_an_alias_one() -> None:
+    assert [s.id for s in cr.inspect(Shared(), example=SHAPE)] == ["stem", "conv@0", "conv@1"]
+    assert [s.id for s in cr.inspect(Aliased(), example=SHAPE)] == ["stem", "first"]
+
+
+def test_a_functional_convolution_is_a_site_named_by_its_weight() -> None:
+    site = next(s for s in cr.inspect(WithFunctional(), example=SHAPE) if s.kind == "functional")
+    assert site.id == "middle:weight"
+    assert (site.kernel, site.padding, site.in_channels, site.out_channels) == ((3, 3), (1, 1, 1, 1), 8, 8)
+
+
+def test_an_untraceable_block_stays_opaque_and_its_parts_are_captured() -> None:
+    captured = capture(Opaque(), (torch.empty(SHAPE),))
+    assert list(captured.opaque) == ["block"]
+    assert {r.prefix for r in captured.regions} == {"", "block.conv", "block.inner"}
+
+
+def test_a_head_that_exists_only_in_train_mode_is_a_site() -> None:
+    roles = {s.path: s.role for s in cr.inspect(TwoOutputs(), example=SHAPE)}
+    assert roles["aux"] == "head"
+
+
+def test_hooks_do_not_fire_during_capture() -> None:
+    model = Residual()
+    fired = []
+    model.stem.register_forward_hook(lambda *a: fired.append(1))
+    cr.inspect(model, example=SHAPE)
+    assert fired == []
+
+
+def test_an_input_that_does_not_fit_is_one_clear_line() -> None:
+    with pytest.raises(CaptureError, match="does not run on an input of shape 1x5x8x8") as caught:
+        cr.inspect(Residual(), example=(1, 5, 8, 8))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: torch.compile(Residual()), "_orig_mod"),
+        (lambda: nn.DataParallel(Residual()), "model.module"),
+        (lambda: nn.Sequential(nn.LazyConv2d(4, 3)), "run one forward"),
+        (lambda: torch.jit.trace(nn.Conv2d(3, 4, 3), torch.randn(1, 3, 8, 8)), "TorchScript"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_wrapped_models_are_refused_with_advice(make: object, message: str) -> None:
+    with pytest.raises(ConvrewriteError, match=message):
+        cr.inspect(make(), example=SHAPE)  # type: ignore[operator]
+
+
+def test_a_model_on_the_meta_device_can_be_inspected() -> None:
+    with torch.device("meta"):
+        model = Residual()
+    assert len(cr.inspect(model, example=SHAPE)) == 14
