@@ -99,19 +99,20 @@ def test(names: tuple[str, ...], verbose: bool) -> None:
 
 def _run(file: RuleFile, one: Any) -> list[str]:
     """What is wrong, a line each."""
-    from convrewrite.match import test_expectation, test_sites
+    from convrewrite.expectations import judge
+    from convrewrite.match import correct_roles, search
     from convrewrite.pipeline import inspect
     from convrewrite.sources import resolve
 
     source = resolve(one.model, meta=True)
     sites = inspect(source.model, example=source.example)
-    found = test_sites(sites, file)
+    found = search(correct_roles(sites, file) if file.roles else sites, file).candidates
     lines = []
     for rule in file.rules:
         wish = one.sites.rule(rule.id)
         if wish is None:
             continue
-        result = test_expectation(found[rule.id], wish)
-        if not result.ok:
-            lines.append(f"{rule.id}: {result}")
+        verdict = judge([c.site.id for c in found if c.rule.id == rule.id], wish)
+        if not verdict.passed:
+            lines.append(f"{rule.id}: {verdict}")
     return lines

@@ -83,7 +83,11 @@ def _apply(model: nn.Module, edit: Edit, seed: int) -> nn.Module:
             raise EditError(f"{type(old).__name__} is not a convolution", where=edit.path)
         new = _replacement(old, edit, seed)
         _move_hooks(old, new)
-        return _exchange(model, old, new)
+        model = _exchange(model, old, new)
+        for path in edit.absorbs:
+            gone = model.get_submodule(path)
+            model = _exchange(model, gone, nn.Identity().train(gone.training))
+        return model
     except ConvrewriteError:
         raise
     except Exception as error:
@@ -191,7 +195,7 @@ def _touched(twin: nn.Module, plan: Plan) -> dict[str, str]:
             name = "convrewrite_" + weight.replace(".", "_")
             owners[f"{owner}.{name}" if owner else name] = edit.id
         else:
-            owners[edit.path] = edit.id
+            owners.update(dict.fromkeys((edit.path, *edit.absorbs), edit.id))
     stands = {id(m): s.edit for m in twin.modules() if (s := stand_of(m)) is not None}
     for name, module in twin.named_modules(remove_duplicate=False):
         if id(module) in stands:  # also where it is registered under another name

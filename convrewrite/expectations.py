@@ -34,6 +34,12 @@ class Judgement:
         """Nothing missing, nothing noisy."""
         return not self.missing and not self.noisy
 
+    def __str__(self) -> str:
+        text = f"{len(self.matched)} matched, wanted {self.wanted}"
+        for word, items in (("missing", self.missing), ("noisy", self.noisy)):
+            text += f"; {word}: {', '.join(items)}" if items else ""
+        return text
+
 
 def judge(found: Sequence[str], wish: Wish) -> Judgement:
     """Compare the site ids a rule found, in forward order, with what a test wants."""

@@ -20,7 +20,7 @@ from convrewrite.rulesearch import Candidate, RuleSearch, compile_match, failed_
 from convrewrite.selectors.base import Context
 from convrewrite.sites import Site
 
-__all__ = ["Candidate", "MatchResult", "correct_roles", "insertion_point", "match", "search", "select"]
+__all__ = ["Candidate", "MatchResult", "correct_roles", "insertion_point", "match", "search", "select", "sites_by_rule"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,12 @@ def search(sites: Sequence[Site], file: RuleFile, claimed: Mapping[str, str] | N
         unmet=tuple(all_unmet),
         notes=(*file.notes, *(note for one in searches for note in one.notes)),
     )
+
+
+def sites_by_rule(sites: Sequence[Site], file: RuleFile) -> dict[str, tuple[str, ...]]:
+    """Rule id -> ids of the sites it takes, whatever `expect` says: what a file's own `tests` look at."""
+    result = search(correct_roles(sites, file), file)
+    return {rule.id: tuple(c.site.id for c in result.candidates if c.rule.id == rule.id) for rule in file.rules}
 
 
 def select(sites: Sequence[Site], data: Mapping[str, Any], where: str = "--select") -> tuple[list[Site], list[Refusal]]:

@@ -123,9 +123,14 @@ def check_fits(plan: Plan, model: nn.Module, graph: Graph) -> None:
 
 
 def _differs(old: Site, new: Site) -> str:
-    for what in ("conv", "in_shape", "rewritten"):
-        if getattr(old, what) != getattr(new, what):
-            return f"{what} was {getattr(old, what)}, is {getattr(new, what)}"
+    """The first fact that changed, with both values."""
+    for name, was in asdict(old.conv).items():
+        now = getattr(new.conv, name)
+        if now != was:
+            return f"{name} was {was}, is {now}"
+    for name in ("in_shape", "rewritten"):
+        if getattr(old, name) != getattr(new, name):
+            return f"{name} was {getattr(old, name) or 'none'}, is {getattr(new, name) or 'none'}"
     return "it differs"
 
 
@@ -177,7 +182,8 @@ def _edit(draft: _Draft, file: RuleFile, candidate: Candidate, label: str) -> Ed
     if len(site.in_shape) != 4 or len(site.out_shape) != 4:
         return "op", "no call of it was seen, so its shapes are unknown" if not site.calls else "its input is not 4-D"
     calls = [s for s in draft.graph.sites if s.id in candidate.calls]
-    target = _target(draft, site, rule)
+    span = BLOCKS.get(rule.change.block).span if rule.change.block in BLOCKS else "conv"
+    target = _target(draft, site, rule, span)
     if isinstance(target[0], tuple):
         return target[0]
     path, at, place = target
@@ -190,6 +196,7 @@ def _edit(draft: _Draft, file: RuleFile, candidate: Candidate, label: str) -> Ed
         return "block", f"{cls.name}: {reason}"
     start = draft.start or rule.start
     how = _how(cls, rule.action, start)
+    absorbs = site.pool_tail if cls.span == "pool" and rule.action == "replace" else ()
     if how is None:
         return "start", f"{cls.name} has no {start} start for {rule.action}, set start: fresh"
     if site.kind == "functional" and rule.action == "replace":
@@ -197,6 +204,9 @@ def _edit(draft: _Draft, file: RuleFile, candidate: Candidate, label: str) -> Ed
         if found or site.calls > 1:
             return "functional", found or f"it is called {site.calls} times"
     before, after = _costs(cls, options, calls if at == "" else [site], place, how, replaced=at == "")
+    if absorbs:
+        gone = sum(p.numel() for path_ in absorbs for p in draft.model.get_submodule(path_).parameters())
+        before = replace(before, params=before.params + gone)
     return Edit(
         id=path if at == "" else f"{path} {at}",
         site=site,
@@ -213,11 +223,16 @@ def _edit(draft: _Draft, file: RuleFile, candidate: Candidate, label: str) -> Ed
         out_shape=place.out_shape,
         before=before,
         after=after,
+        absorbs=absorbs,
     )
 
 
-def _target(draft: _Draft, site: Site, rule: Any) -> tuple[Any, str, Place | None]:
+def _target(draft: _Draft, site: Site, rule: Any, span: str) -> tuple[Any, str, Place | None]:
     """(path, at, place) of the edit; a pair (clause, reason) in place of the path where there is none."""
+    if rule.action == "replace" and span == "pool":
+        if not site.pool_tail:
+            return ("block", "no straight line of modules leads from it to a pooling"), "", None
+        return site.path, "", Place(site.in_shape, site.pool_shape, site.conv)
     if rule.action == "replace":
         height, width = site.conv.out_size(site.in_shape[2], site.in_shape[3])
         if (height, width) != site.out_shape[2:]:
@@ -287,7 +302,7 @@ def _how(cls: type[Block], action: str, start: str) -> str | None:
     if start == "exact" and action == "insert":
         return "zero gate" if cls.exact else None
     if start == "exact":
-        return "holds the conv" if cls.holds_conv else "blend"
+        return "holds the conv" if cls.holds_conv else ("blend" if cls.span == "conv" else None)
     return None
 
 
@@ -297,7 +312,7 @@ def _costs(
     """Cost of what stood there and of what will; parameters once, work once per call."""
     before, after = Cost(), Cost()
     for i, site in enumerate(calls):
-        here = site.place() if replaced else place
+        here = site.place() if replaced and len(calls) > 1 else place
         old = site.cost if replaced else Cost()
         new = cls.cost(here, options)
         if how == "blend" and here.conv is not None:

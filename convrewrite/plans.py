@@ -31,6 +31,7 @@ class Edit:
         calls: ids of all the sites that this one edit changes (several where a module is shared).
         in_shape, out_shape: of the place the block takes, (N, C, H, W).
         before, after: cost of what stood there and of what will (an insertion has nothing before).
+        absorbs: modules after the convolution that the block stands for too; they become the identity.
     """
 
     id: str
@@ -48,6 +49,7 @@ class Edit:
     out_shape: tuple[int, ...]
     before: Cost
     after: Cost
+    absorbs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,8 @@ class Plan:
                 "fingerprint": self.fingerprint,
                 "seed": self.seed,
                 "edits": [
-                    [e.id, e.rule, e.action, e.at, e.path, e.block, dict(e.options), e.start, e.how] for e in self.edits
+                    [e.id, e.rule, e.action, e.at, e.path, e.block, dict(e.options), e.start, e.how, list(e.absorbs)]
+                    for e in self.edits
                 ],
             }
         )

@@ -29,6 +29,7 @@ __all__ = [
     "json_schema",
     "load_rules",
     "parse_rules",
+    "path_of",
     "resolve_options",
     "template",
 ]
@@ -51,7 +52,7 @@ def load_rules(source: Source) -> RuleFile:
         RuleError: a line for everything that is wrong.
     """
     if isinstance(source, (str, Path)):
-        file = _load_path(_find(source, Path()), ())
+        file = _load_path(path_of(source), ())
     elif isinstance(source, RuleFile):
         file = source if source._places else _check(_plain(source.to_data(), "rules"), Problems("rules"), Path(), ())
     elif isinstance(source, Mapping):
@@ -78,6 +79,11 @@ def parse_rules(text: str, name: str = "rules.yaml", folder: Path | None = None)
     """
     data, lines = load(text, name)
     return _check(data, Problems(name, lines), folder or Path(), ())
+
+
+def path_of(source: str | Path) -> Path:
+    """The file that a name or path means; see `load_rules`."""
+    return _find(source, Path())
 
 
 def builtin_names() -> list[str]:

@@ -77,10 +77,13 @@ class RuleSearch:
         for site in self.context.sites:
             if site.op != "conv2d":
                 self._refuse(site, "op", f"op {site.op}, only conv2d can be rewritten")
-        failed = {site.id: failed_clauses(clauses, site, self.context) for site in convs}
+        try:
+            failed = {site.id: failed_clauses(clauses, site, self.context) for site in convs}
+        except RuleError as error:  # an expression that cannot be computed at a site
+            raise RuleError(f"rule '{self.rule.id}': {error}", where=self.where) from None
         left = self._count("convs", convs)
         for clause in clauses:
-            left = [site for site in left if clause not in [found for found, _ in failed[site.id]]]
+            left = [site for site in left if not any(found is clause for found, _ in failed[site.id])]
             if clause.key == "exclude" and not any(f is clause for found in failed.values() for f, _ in found):
                 self.notes.append(f"{self.where}: rule '{self.rule.id}': '{clause.label}' excludes nothing")
             self._count(clause.label, left)

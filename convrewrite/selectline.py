@@ -18,7 +18,7 @@ _BRACKETS = {"(": ")", "[": "]", "{": "}"}
 _FIX = "write role:stem,kernel:3|5,not name:layer1.*"
 
 
-def parse_line(text: str, where: str = "--select") -> dict[str, Any]:
+def parse(text: str, where: str = "--select") -> dict[str, Any]:
     """The match that a line means; its values are checked where the match is used.
 
     Raises:

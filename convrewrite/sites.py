@@ -126,6 +126,9 @@ class Site:
         block_path: module whose output is the output of the site's block; None if there is none.
         block_entry: module whose input is the input of the site's block; None if there is none.
         stage_path: module whose output ends the site's stage; None if there is none.
+        pool_tail: modules on the straight line from the convolution to the next pooling, that one included;
+            () if there is no such line.
+        pool_shape: of what comes out of that pooling.
         receptive_field: (height, width) in input pixels that one output pixel sees.
         rewritten: id of the edit that already stands here, "" if none.
     """
@@ -155,6 +158,8 @@ class Site:
     block_shape: Shape = ()
     stage_path: str | None = None
     stage_shape: Shape = ()
+    pool_tail: tuple[str, ...] = ()
+    pool_shape: Shape = ()
     receptive_field: Pair = (0, 0)
     rewritten: str = ""
     cost: Cost = field(default_factory=Cost)

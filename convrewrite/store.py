@@ -24,6 +24,7 @@ from convrewrite.tensorfile import put_tensors, read_tensors, shared_tensors, wr
 
 FORMAT = 1
 _TENSORS, _RECIPE, _PLAN = "model.safetensors", "recipe.json", "plan.json"
+EXTRAS = ("graph.txt", "model.pt2", "model.onnx")
 _REPORTS = {"report.txt": "text", "report.md": "markdown", "report.json": "json", "report.html": "html"}
 _PACKAGES = ("convrewrite", "torch", "torchvision", "timm", "safetensors")
 
@@ -35,6 +36,7 @@ def save(
     source: Source | Mapping[str, Any] | None = None,
     report: Report | None = None,
     overwrite: bool = False,
+    extras: Mapping[str, Callable[[Path], object]] | None = None,
 ) -> None:
     """Write a rewritten model to `folder`: all of it, or, on any error and on ctrl-C, nothing.
 
@@ -43,6 +45,7 @@ def save(
             recognised where it can be, and otherwise `load` has to be given the original as `base`.
         report: written too, as text, Markdown, JSON and HTML.
         overwrite: replace a model that was saved there before; the exchange is atomic.
+        extras: other forms of the model, file name (of `EXTRAS`) -> function that writes that path.
 
     Raises:
         StoreError: the model was not rewritten, the folder is in use, or a tensor cannot be written.
@@ -53,13 +56,15 @@ def save(
         name = type(model).__name__
         raise StoreError("the model was not rewritten by convrewrite", where=name, fix="save what rewrite() returned")
     place = Path(folder)
-    _check_free(place, overwrite=overwrite)
+    check_target(place, overwrite=overwrite)
     recipe = _completed(note.source or _recipe_of(source), model, note.identity)
     try:
         with new_folder(place) as filling:
             write_tensors(model, filling / _TENSORS)
             (filling / _PLAN).write_text(note.plan.to_json() + "\n", encoding="utf-8")
             _write_reports(report, filling)
+            for name, write in (extras or {}).items():
+                write(filling / name)
             document = {
                 "format": FORMAT,
                 "model": note.plan.model,
@@ -207,14 +212,15 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     return recipe
 
 
-def _check_free(place: Path, *, overwrite: bool) -> None:
-    """Only an absent or empty folder, or with `overwrite` one that holds a saved model and nothing else."""
+def check_target(folder: str | Path, *, overwrite: bool) -> None:
+    """Refuse all but an absent or empty folder, or with `overwrite` one that holds a saved model and nothing else."""
+    place = Path(folder)
     if place.exists() and not place.is_dir():
         raise StoreError("this is a file", where=str(place), fix="name a folder")
     names = {path.name for path in place.iterdir()} if place.exists() else set()
     if not names:
         return
-    foreign = sorted(names - {_TENSORS, _RECIPE, _PLAN, *_REPORTS})
+    foreign = sorted(names - {_TENSORS, _RECIPE, _PLAN, *_REPORTS, *EXTRAS})
     if foreign or _RECIPE not in names:
         held = f"holds '{foreign[0]}'" if foreign else "is not empty"
         raise StoreError(f"the folder {held}, which convrewrite did not write", where=str(place), fix="name another")

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from convrewrite.annotate.kinds import is_feature, kind, node_module, window_of
+from convrewrite.annotate.kinds import is_feature, is_pool, kind, node_module, window_of
 from convrewrite.annotate.roles import Facts, assign
 from convrewrite.annotate.segments import BlockSpan, Segments
-from convrewrite.blocks.base import conv_spec
+from convrewrite.blocks.base import Block, conv_spec
+from convrewrite.blocks.blend import Blend, blend_cost
 from convrewrite.capture import CONVS, FUNCTIONAL_CONVS, Captured, Region
-from convrewrite.sites import ConvSpec, Cost, Pair, Shape, Site
+from convrewrite.sites import ConvSpec, Cost, Pair, Place, Shape, Site
 from convrewrite.stands import stand_of
 
 _CHAIN = 6
@@ -103,8 +104,18 @@ def _site(region: Region, skeleton: nn.Module, node: fx.Node, spec: ConvSpec, fa
         position=fact.position,
         inside=inside,
         rewritten=stand.rule if stand else "",
-        cost=conv_cost(spec, in_shape, out_shape),
+        cost=_cost(module, spec, in_shape, out_shape),
     )
+
+
+def _cost(module: nn.Module | None, spec: ConvSpec, in_shape: Shape, out_shape: Shape) -> Cost:
+    """Cost of what stands at the site now: the convolution, a block, or both under a blend."""
+    block = module.block if isinstance(module, Blend) else module
+    if not isinstance(block, Block) or not (is_feature(in_shape) and is_feature(out_shape)):
+        return conv_cost(spec, in_shape, out_shape)
+    place = Place(in_shape, out_shape, spec)
+    cost = block.cost(place, block.options)
+    return blend_cost(spec, place, cost) if isinstance(module, Blend) else cost
 
 
 def _functional_path(region: Region, node: fx.Node, inside: tuple[tuple[str, str], ...]) -> str:
@@ -135,8 +146,11 @@ def _with_surroundings(
         end = ends[fact.stage]
         stage_path, _, stage_shape = _border(region, replace(end, exit=end.stage_exit or end.exit))
     from_end = blocks_in[fact.stage] - fact.block if fact.block is not None else None
+    pool_tail, pool_shape = _to_pool(region, node, users)
     return replace(
         site,
+        pool_tail=pool_tail,
+        pool_shape=pool_shape,
         follows=_chain_up(region, node, users),
         precedes=_chain_down(region, node, users),
         block_from_end=from_end,
@@ -274,6 +288,22 @@ def _chain_down(region: Region, node: fx.Node, users: dict[fx.Node, list[fx.Node
     return tuple(found)
 
 
+def _to_pool(region: Region, node: fx.Node, users: dict[fx.Node, list[fx.Node]]) -> tuple[tuple[str, ...], Shape]:
+    """Modules, each called once, from the convolution to the next pooling, and the shape that comes out there."""
+    if region.single:
+        return (), ()
+    found: list[str] = []
+    while len(users[node]) == 1 and users[node][0].op == "call_module":
+        node = users[node][0]
+        if kind(region, node) == "conv2d" or sum(n.target == node.target for n in region.graph.nodes) > 1:
+            break
+        found.append(region.path(str(node.target)))
+        if is_pool(region, node):
+            shape = region.shapes.get(node)
+            return (tuple(found), shape) if is_feature(shape) else ((), ())
+    return (), ()
+
+
 def _receptive_fields(region: Region) -> dict[fx.Node, Pair]:
     """(height, width) in input pixels; a global pooling or anything that mixes all pixels is not followed."""
     state: dict[fx.Node, tuple[Pair, Pair]] = {}
@@ -303,8 +333,6 @@ def _unreached(captured: Captured, known: set[str], index: int) -> list[Site]:
 
 
 def _inside_stand(root: nn.Module, path: str) -> bool:
-    from convrewrite.blocks.base import Block
-
     parts = path.split(".")
     above = (root.get_submodule(".".join(parts[:i])) for i in range(1, len(parts) + 1))
     return any(isinstance(m, Block) or stand_of(m) is not None for m in above)

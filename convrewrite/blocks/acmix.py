@@ -180,7 +180,8 @@ class ACmix(Block):
 
     @classmethod
     def cost(cls, place: Place, options: BlockOptions) -> Cost:
-        assert isinstance(options, ACmixOptions) and place.conv is not None
+        assert isinstance(options, ACmixOptions)
+        assert place.conv is not None
         batch, c_in, in_height, in_width = place.in_shape
         c_out, heads = place.conv.out_channels, options.heads
         dim, taps = c_out // heads, options.kernel_conv**2
@@ -196,7 +197,8 @@ class ACmix(Block):
             params=3 * (c_in + 1) * c_out + 3 * dim + 3 * heads * taps + c_out * taps**2 + rates,
             flops=flops,
             act_infer=FLOAT_BYTES * (batch * positions * 4 * c_out + tiled + extra),
-            act_train=FLOAT_BYTES * (batch * (positions * 3 + queries) * c_out + tiled + extra + 6 * heads * c_out * taps),
+            act_train=FLOAT_BYTES
+            * (batch * (positions * 3 + queries) * c_out + tiled + extra + 6 * heads * c_out * taps),
         )
 
 

@@ -34,6 +34,8 @@ class Block(nn.Module):
         Options: the pydantic model of its options.
         actions: which of "replace" and "insert" it can do.
         exact: True if the freshly built block, inserted, is the exact identity (its gate is zero).
+        span: "conv" if it stands for the convolution alone, "pool" if for the straight line from there to the
+            next pooling (a ResNet's conv1, bn1, relu, maxpool); `place.out_shape` is then the pooling's.
         holds_conv: True if `load_conv` makes the block compute exactly what a given convolution does.
         silent: parameters whose gradient is zero by construction (they cancel out of the formula).
         paper: "Author et al. year, arXiv id".
@@ -42,6 +44,7 @@ class Block(nn.Module):
     Options: ClassVar[type[BlockOptions]] = BlockOptions
     actions: ClassVar[tuple[Action, ...]] = ("replace",)
     exact: ClassVar[bool] = False
+    span: ClassVar[Literal["conv", "pool"]] = "conv"
     holds_conv: ClassVar[bool] = False
     silent: ClassVar[tuple[str, ...]] = ()
     paper: ClassVar[str] = ""
@@ -50,6 +53,7 @@ class Block(nn.Module):
     def __init__(self, place: Place, options: BlockOptions) -> None:
         super().__init__()
         self.place_conv = place.conv
+        self.options = options
         self.in_channels = place.in_shape[1]
         self.out_channels = place.out_shape[1]
 

@@ -159,9 +159,7 @@ def local_attention(
     """
     if border == "zero":
         k, v, start = _zero_border(k, v, q, window, stride, dilation, start)
-    axes = [
-        Axis(k.shape[i + 1], q.shape[i + 1], window[i], stride[i], dilation[i], start[i]).tiled() for i in range(2)
-    ]
+    axes = [Axis(k.shape[i + 1], q.shape[i + 1], window[i], stride[i], dilation[i], start[i]).tiled() for i in range(2)]
     if relative is None and rows is None and columns is None and bias is None and _whole_map(*axes):
         return _dense(q, k, v, axes[0], axes[1], scale, border)
     return _tiled(q, k, v, axes[0], axes[1], scale, border, relative, rows, columns, bias)

@@ -77,7 +77,7 @@ class Context:
 
 def _branch(site: Site) -> tuple[Any, ...]:
     """The shortcut of a block is a branch of its own."""
-    return site.stage, site.block, site.block_path, site.role == "shortcut"
+    return site.stage, site.block, site.block_path, site.role in ("shortcut", "downsample")
 
 
 Test = Callable[[Site, Wanted, Context], str | None]

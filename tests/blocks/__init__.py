@@ -12,4 +12,8 @@ TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
     torch.bfloat16: {"rtol": 5e-2, "atol": 5e-2},
     torch.float16: {"rtol": 1e-2, "atol": 1e-2},
 }
+GRADIENT: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
+"""Of gradients in float64."""
+
 EXPORT: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
+"""Of another runtime (onnxruntime) in float32."""

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from convrewrite.blocks.acmix import ACmix, ACmixOptions
 from convrewrite.sites import ConvSpec, Place
-from tests.blocks import TOLERANCE
+from tests.blocks import GRADIENT, TOLERANCE
 from tests.blocks.reference import loop_acmix, unfold_acmix
 
 
@@ -104,7 +104,8 @@ def test_gradients_equal_the_plain_unfolded_form_s() -> None:
     plain = unfold_acmix(dict(zip(names, parameters, strict=True)), x, heads=2, stride=2)
     want = torch.autograd.grad(plain.square().sum(), [x, *parameters])
     for name, got, expected in zip(("x", *names), ours, want, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+        assert got.shape == expected.shape, name
+        torch.testing.assert_close(got, expected, **GRADIENT)
 
 
 def test_gradients_are_those_of_finite_differences() -> None:
@@ -137,7 +138,8 @@ def test_starts_as_the_paper_s_shifts_and_half_rates() -> None:
     for tap in range(9):
         assert block.dep_conv.weight[3, tap].flatten().tolist() == [float(i == tap) for i in range(9)]
     assert block.rate1.tolist() == block.rate2.tolist() == [0.5]
-    assert block.dep_conv.bias is None and block.fc.bias is None
+    assert block.dep_conv.bias is None
+    assert block.fc.bias is None
 
 
 def test_resnet50_has_the_parameters_of_the_authors_code() -> None:
@@ -150,13 +152,14 @@ def test_resnet50_has_the_parameters_of_the_authors_code() -> None:
     assert total == 18_333_976
 
 
-class LiveBytes(TorchDispatchMode):
-    """Most bytes of tensors made under it that were alive at once."""
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Most bytes of tensors made under it that were alive at once; `given` (inputs, parameters) do not count."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, given: list[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
-        self.seen: set[int] = set()
+        self.given = given
+        self.seen = {tensor.untyped_storage()._cdata for tensor in given}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -188,8 +191,7 @@ COSTED = {
 
 
 @pytest.mark.parametrize("name", ["28 x 28", "14 x 14"])
-def test_flops_are_those_of_the_plain_form(name: str) -> None:
-    """Counted on q, k, v as matrix products; the plain form's fc and grouped conv are replaced by the fused conv."""
+def test_flops_are_torch_s_count_of_the_docstring_s_products(name: str) -> None:
     where, options = COSTED[name], ACmixOptions()
     batch, c_in, height, width = where.in_shape
     c_out, heads, dim = where.out_shape[1], 4, where.out_shape[1] // 4
@@ -210,9 +212,9 @@ def test_activation_bytes_are_those_measured(name: str) -> None:
     where, options = COSTED[name], ACmixOptions()
     block, x = ACmix(where, options), torch.randn(where.in_shape)
     cost = ACmix.cost(where, options)
-    with torch.no_grad(), LiveBytes() as live:
+    with torch.no_grad(), LiveBytes([x, *block.parameters()]) as live:
         block(x)
-    assert cost.act_infer == pytest.approx(live.peak, rel=0.15)
+    assert cost.act_infer == pytest.approx(live.peak, rel=0.05)
     kept = {}
     own = {p.untyped_storage()._cdata for p in [*block.parameters(), x]}
 
@@ -224,7 +226,7 @@ def test_activation_bytes_are_those_measured(name: str) -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         y = block(x)
-    assert cost.act_train == pytest.approx(sum(s.nbytes() for s in kept.values()), rel=0.15)
+    assert cost.act_train == pytest.approx(sum(s.nbytes() for s in kept.values()), rel=0.05)
     del y
 
 
@@ -260,7 +262,8 @@ def authors() -> ModuleType:
         pytest.skip("CONVREWRITE_PEERS is not set")
     path = Path(root) / "ACmix" / "ResNet" / "test_bottleneck.py"
     spec = importlib.util.spec_from_file_location("authors_acmix", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     original = module.position

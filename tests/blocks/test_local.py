@@ -15,16 +15,23 @@ from tests.blocks import TOLERANCE
 from tests.blocks.reference import loop_attention
 
 GEOMETRIES: dict[str, dict[str, Any]] = {
-    "3x3": dict(size=(6, 5), count=(6, 5), window=(3, 3)),
-    "7x7 on a smaller map": dict(size=(4, 3), count=(4, 3), window=(7, 7)),
-    "one pixel": dict(size=(1, 1), count=(1, 1), window=(7, 7)),
-    "even window": dict(size=(5, 6), count=(5, 6), window=(4, 2)),
-    "odd size, stride 2": dict(size=(7, 5), count=(4, 3), window=(3, 3), stride=(2, 2)),
-    "dilation": dict(size=(8, 7), count=(8, 7), window=(3, 3), dilation=(2, 3)),
-    "even span of a dilated even window": dict(size=(6, 6), count=(6, 6), window=(2, 4), dilation=(3, 1)),
-    "starts inside": dict(size=(8, 7), count=(4, 3), window=(5, 3), start=(2, 2)),
-    "all at once": dict(size=(9, 8), count=(3, 2), window=(4, 3), stride=(2, 3), dilation=(2, 1), start=(1, 2)),
-    "tiles that overhang": dict(size=(19, 3), count=(19, 3), window=(3, 1)),
+    "3x3": {"size": (6, 5), "count": (6, 5), "window": (3, 3)},
+    "7x7 on a smaller map": {"size": (4, 3), "count": (4, 3), "window": (7, 7)},
+    "one pixel": {"size": (1, 1), "count": (1, 1), "window": (7, 7)},
+    "even window": {"size": (5, 6), "count": (5, 6), "window": (4, 2)},
+    "odd size, stride 2": {"size": (7, 5), "count": (4, 3), "window": (3, 3), "stride": (2, 2)},
+    "dilation": {"size": (8, 7), "count": (8, 7), "window": (3, 3), "dilation": (2, 3)},
+    "even span of a dilated even window": {"size": (6, 6), "count": (6, 6), "window": (2, 4), "dilation": (3, 1)},
+    "starts inside": {"size": (8, 7), "count": (4, 3), "window": (5, 3), "start": (2, 2)},
+    "all at once": {
+        "size": (9, 8),
+        "count": (3, 2),
+        "window": (4, 3),
+        "stride": (2, 3),
+        "dilation": (2, 1),
+        "start": (1, 2),
+    },
+    "tiles that overhang": {"size": (19, 3), "count": (19, 3), "window": (3, 1)},
 }
 
 

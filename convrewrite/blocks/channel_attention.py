@@ -1,0 +1,77 @@
+"""Channel attention (CAM of DANet): every channel attends to every other, and the result is added."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from convrewrite.blocks.base import Block, BlockOptions, register_block
+from convrewrite.blocks.tokens import FLOAT_BYTES, attend, gated, holds_logits, refuse_change
+from convrewrite.sites import Cost, Place
+
+
+class ChannelAttentionOptions(BlockOptions):
+    """`ChannelAttention` has no options."""
+
+
+@register_block("channel_attention")
+class ChannelAttention(Block):
+    """Softmax attention of channels over channels, added to the map through a gate that starts at zero.
+
+    With x_c the L = HW values of channel c:
+
+        y_c = x_c + beta sum_d softmax_d( -x_c . x_d ) x_d        over all C channels d
+
+    The minus is the authors': a channel gathers from those that it resembles least. It is attention with channels
+    as tokens and positions as features, so large C x C maps are never held in memory. beta is a scalar, 0 at the
+    start: inserted, the block is the exact identity. In place of a convolution (stride 1, equal channels and size)
+    stands the same y, x included.
+
+    Shape:
+        (B, C, H, W) -> (B, C, H, W)
+
+    Parameters:
+        1
+
+    FLOPs (2 per multiply-add; softmax and elementwise work are not counted):
+        B 4 C^2 L
+
+    Reference:
+        Fu et al. 2019, arXiv 1809.02983, section 3.3, equations 3 and 4. beta is called `gamma` as in the authors'
+        code (junfu1115/DANet, CAM_Module), so its state dict loads as it is.
+
+    Facts found in the authors' code:
+        - The paper's equation 3 has softmax_d(x_c . x_d); the code takes softmax_d(max_e(x_c . x_e) - x_c . x_d),
+          which is the softmax of the negated energies (the maximum cancels). This is the code's form.
+        - In float16 its energies overflow from 65,504; here they are summed in float32.
+    """
+
+    Options = ChannelAttentionOptions
+    actions = ("insert", "replace")
+    exact = True
+    paper = "Fu et al. 2019, arXiv 1809.02983"
+
+    def __init__(self, place: Place, options: ChannelAttentionOptions) -> None:
+        super().__init__(place, options)
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    @classmethod
+    def refuse(cls, place: Place, options: BlockOptions) -> str | None:
+        return refuse_change(cls.name, place)
+
+    def forward(self, x: Tensor) -> Tensor:
+        channels = x.flatten(2).contiguous()  # (B, C, H*W)
+        # Not scale=-1: kernels that scale inside the exponential take the maximum before it.
+        return gated(x, self.gamma, attend(-channels, channels, channels).view_as(x))
+
+    @classmethod
+    def cost(cls, place: Place, options: BlockOptions) -> Cost:
+        batch, channels, height, width = place.in_shape
+        size = height * width
+        whole = holds_logits(channels, size)
+        return Cost(
+            params=1,
+            flops=4 * batch * channels**2 * size,
+            act_infer=FLOAT_BYTES * batch * channels * (2 * size + (2 * channels if whole else 1)),
+            act_train=FLOAT_BYTES * batch * channels * (2 * size + (channels if whole else 1)),
+        )

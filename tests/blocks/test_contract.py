@@ -1,0 +1,243 @@
+"""Every registered block keeps the contract of `Block` at every place it does not refuse."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from convrewrite.blocks.base import BLOCKS, Block, conv_spec
+from convrewrite.sites import Place
+from tests.blocks import EXPORT, TOLERANCE
+
+# name: (in channels, out channels, (H, W), kernel, what else the convolution has)
+CONVOLUTIONS: dict[str, tuple[int, int, tuple[int, int], int, dict[str, int | str | bool]]] = {
+    "3x3": (16, 16, (12, 10), 3, {"padding": 1, "bias": False}),
+    "stride 2, odd size": (16, 16, (9, 7), 3, {"padding": 1, "stride": 2}),
+    "stride 2, even size": (16, 16, (20, 18), 3, {"padding": 1, "stride": 2}),
+    "dilation 2": (16, 16, (11, 9), 3, {"padding": 2, "dilation": 2}),
+    "more channels": (8, 32, (7, 7), 3, {"padding": 1}),
+    "fewer channels": (32, 16, (7, 6), 3, {"padding": 1}),
+    "1x1": (16, 32, (6, 5), 1, {}),
+    "1x1, stride 2": (16, 16, (7, 6), 1, {"stride": 2}),
+    "5x5": (16, 16, (9, 8), 5, {"padding": 2}),
+    "no padding": (16, 16, (9, 8), 3, {}),
+    "padding beyond same": (16, 16, (5, 6), 3, {"padding": 3}),
+    "even kernel": (16, 16, (8, 7), 2, {}),
+    "groups": (16, 16, (8, 8), 3, {"padding": 1, "groups": 2}),
+    "depthwise": (16, 16, (8, 8), 3, {"padding": 1, "groups": 16}),
+    "reflecting": (16, 16, (8, 8), 3, {"padding": 1, "padding_mode": "reflect"}),
+    "map of 1 x 1": (16, 16, (1, 1), 3, {"padding": 1}),
+    "map of 2 x 3": (16, 16, (2, 3), 3, {"padding": 1}),
+    "large map": (16, 16, (23, 40), 3, {"padding": 1}),
+    "odd channels": (3, 7, (8, 8), 3, {"padding": 1}),
+}
+REGULAR = "3x3"
+
+
+def convolution(name: str) -> nn.Conv2d:
+    c_in, c_out, _, kernel, rest = CONVOLUTIONS[name]
+    return nn.Conv2d(c_in, c_out, kernel, **rest)  # type: ignore[arg-type]
+
+
+def places() -> list[tuple[str, str]]:
+    """(block, place) for every place of the table and both ways to stand there, where the block takes it."""
+    found = []
+    for block, cls in BLOCKS.items():
+        for name in CONVOLUTIONS:
+            for action in cls.actions:
+                if cls.refuse(place(name, action), cls.Options()) is None:
+                    found.append((block, f"{action} {name}"))
+    return found
+
+
+def place(name: str, action: str) -> Place:
+    c_in, _, size, _, _ = CONVOLUTIONS[name]
+    if action == "insert":
+        return Place((2, c_in, *size), (2, c_in, *size))
+    conv = convolution(name)
+    shape = conv(torch.zeros(2, c_in, *size)).shape
+    return Place((2, c_in, *size), tuple(shape), conv_spec(conv))
+
+
+def build(block: str, where: str) -> tuple[Block, Place]:
+    torch.manual_seed(0)
+    action, name = where.split(" ", 1)
+    at = place(name, action)
+    cls = BLOCKS.get(block)
+    return cls(at, cls.Options()).eval(), at
+
+
+def awake(block: Block) -> Block:
+    """The block with every parameter at random, so that no gate hides a part of it."""
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return block
+
+
+TAKEN = places()
+everywhere = pytest.mark.parametrize(("name", "where"), TAKEN, ids=[f"{b}-{w}" for b, w in TAKEN])
+USUAL = [(block, next(where for b, where in TAKEN if b == block)) for block in BLOCKS.names()]
+once = pytest.mark.parametrize(("name", "where"), USUAL, ids=[b for b, _ in USUAL])
+
+
+def test_every_block_takes_a_plain_convolution_s_place_or_a_way_in() -> None:
+    assert TAKEN
+    for block in BLOCKS.names():
+        assert any(b == block and w.endswith(f" {REGULAR}") for b, w in TAKEN), block
+
+
+def test_no_block_says_it_can_do_nothing() -> None:
+    for block, cls in BLOCKS.items():
+        assert set(cls.actions) <= {"replace", "insert"}, block
+        assert cls.actions, block
+        assert cls.paper, block
+
+
+@everywhere
+def test_returns_the_size_that_the_convolution_would(name: str, where: str) -> None:
+    block, at = build(name, where)
+    y = block(torch.randn(at.in_shape))
+    assert tuple(y.shape) == at.out_shape
+    assert y.isfinite().all()
+    assert y.is_contiguous()
+
+
+@everywhere
+def test_costs_the_parameters_it_has(name: str, where: str) -> None:
+    block, at = build(name, where)
+    cls = type(block)
+    cost = cls.cost(at, cls.Options())
+    assert cost.params == sum(p.numel() for p in block.parameters())
+    assert cost.flops > 0
+    assert cost.act_infer > 0
+    assert cost.act_train > 0
+
+
+@everywhere
+def test_takes_other_sizes_than_the_planned(name: str, where: str) -> None:
+    block, at = build(name, where)
+    action, conv_name = where.split(" ", 1)
+    batch, channels, height, width = at.in_shape
+    for size in ((height + 1, width + 2), (max(height - 1, 3), width + 19)):
+        x = torch.randn(batch, channels, *size)
+        want = x.shape if action == "insert" else convolution(conv_name)(x).shape
+        assert block(x).shape == want
+
+
+@everywhere
+def test_images_of_a_batch_do_not_see_each_other(name: str, where: str) -> None:
+    block, at = build(name, where)
+    awake(block).double()
+    x = torch.randn(at.in_shape, dtype=torch.float64)
+    alone = torch.cat([block(image[None]) for image in x])
+    torch.testing.assert_close(block(x), alone, **TOLERANCE[x.dtype])
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_keeps_the_dtype(name: str, where: str, dtype: torch.dtype) -> None:
+    block, at = build(name, where)
+    y = block.to(dtype)(torch.randn(at.in_shape, dtype=dtype))
+    assert y.dtype == dtype
+    assert y.isfinite().all()
+
+
+@everywhere
+def test_takes_an_empty_batch(name: str, where: str) -> None:
+    block, at = build(name, where)
+    assert tuple(block(torch.zeros(0, *at.in_shape[1:])).shape) == (0, *at.out_shape[1:])
+
+
+@everywhere
+def test_channels_last_changes_the_layout_alone(name: str, where: str) -> None:
+    block, at = build(name, where)
+    x = torch.randn(at.in_shape)
+    want = awake(block)(x)
+    got = block(x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(got, want, **TOLERANCE[x.dtype])
+
+
+@everywhere
+def test_a_state_dict_and_a_deep_copy_carry_everything(name: str, where: str) -> None:
+    block, at = build(name, where)
+    x = torch.randn(at.in_shape)
+    want = awake(block)(x)
+    fresh, _ = build(name, where)
+    fresh.load_state_dict(block.state_dict())
+    assert torch.equal(fresh(x), want)
+    assert torch.equal(copy.deepcopy(block)(x), want)
+
+
+@everywhere
+def test_autocast_is_finite_and_close(name: str, where: str) -> None:
+    block, at = build(name, where)
+    x = torch.randn(at.in_shape)
+    want = awake(block)(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = block(x)
+    assert got.isfinite().all()
+    torch.testing.assert_close(got.float(), want, **TOLERANCE[torch.bfloat16])
+
+
+@once
+def test_the_gradient_reaches_every_parameter(name: str, where: str) -> None:
+    block, at = build(name, where)
+    awake(block).double().train()
+    x = torch.randn(at.in_shape, dtype=torch.float64, requires_grad=True)
+    block(x).square().sum().backward()
+    for parameter_name, parameter in [("x", x), *block.named_parameters()]:
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.isfinite().all(), parameter_name
+        silent = parameter.grad.abs().max() < 1e-12
+        assert silent == (parameter_name in type(block).silent), parameter_name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_exact_block_starts_as_the_bitwise_identity(dtype: torch.dtype) -> None:
+    for name, where in TAKEN:
+        if BLOCKS.get(name).exact and where.startswith("insert "):
+            block, at = build(name, where)
+            x = torch.randn(at.in_shape, dtype=dtype)
+            assert torch.equal(block.to(dtype)(x), x), f"{name}-{where}"
+            assert torch.equal(block.train()(x), x), f"{name}-{where}"
+
+
+@once
+def test_compiles_as_one_graph(name: str, where: str) -> None:
+    block, at = build(name, where)
+    x = torch.randn(at.in_shape, requires_grad=True)
+    compiled = torch.compile(awake(block), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), block(x), **TOLERANCE[x.dtype])
+    compiled(x).sum().backward()
+    assert x.grad is not None
+
+
+@once
+def test_exports_with_any_batch(name: str, where: str) -> None:
+    block, at = build(name, where)
+    x = torch.randn(at.in_shape)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(awake(block), (x,), dynamic_shapes=({0: batch},))
+    larger = torch.cat([x, x + 1, x - 1])
+    torch.testing.assert_close(program.module()(larger), block(larger), **TOLERANCE[x.dtype])
+
+
+@once
+def test_onnxruntime_computes_the_same(name: str, where: str, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    block, at = build(name, where)
+    x = torch.randn(at.in_shape)
+    path = tmp_path / "block.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter about itself
+        torch.onnx.export(awake(block), (x,), path, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    expected: Tensor = block(x).detach()
+    torch.testing.assert_close(torch.from_numpy(got), expected, **EXPORT)

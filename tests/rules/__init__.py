@@ -1,0 +1,1 @@
+"""Tests of the rule language: text to rules to sites."""
