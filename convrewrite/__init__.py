@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from convrewrite.pipeline import Pass, inspect, plan, rewrite
     from convrewrite.plans import Edit, Plan, Refusal
     from convrewrite.reports import Report
-    from convrewrite.rulefile import Rule, RuleFile, load_rules
+    from convrewrite.rulefile import load_rules
+    from convrewrite.ruleschema import Rule, RuleFile
     from convrewrite.sites import ConvSpec, Cost, Place, Site
     from convrewrite.store import load, save
 
@@ -33,8 +34,8 @@ _HOME = {
     "Plan": "plans",
     "Refusal": "plans",
     "Report": "reports",
-    "Rule": "rulefile",
-    "RuleFile": "rulefile",
+    "Rule": "ruleschema",
+    "RuleFile": "ruleschema",
     "Site": "sites",
     "diff": "diffing",
     "inspect": "pipeline",

@@ -74,12 +74,15 @@ def parse(text: str, variables: Collection[str] | None = None) -> Expression:
     """
     if len(text) > MAX_LENGTH:
         raise RuleError(f"expression of {len(text)} characters, at most {MAX_LENGTH}")
+    if not text.strip():
+        raise RuleError("an empty expression")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "1is 2" and "\d" are SyntaxWarnings of Python, not of ours
             tree = ast.parse(_IF.sub(_SPELLED_IF, text.strip()), mode="eval").body
     except SyntaxError as error:
-        raise _complaint(text, error.offset, error.msg.split("(")[0].strip() or "cannot be read") from None
+        column = error.offset or len(text) + 1  # 0 where the text ends too early
+        raise _complaint(text, column, error.msg.split("(")[0].strip() or "cannot be read") from None
     except (ValueError, RecursionError, MemoryError):
         raise _complaint(text, None, "cannot be read") from None
     _check(tree, text, variables, 0)

@@ -58,8 +58,8 @@ def load_rules(source: Source) -> RuleFile:
     elif isinstance(source, Mapping):
         file = _check(_plain(source, "rules"), Problems("rules"), Path(), ())
     else:
-        rules = [source] if isinstance(source, Rule) else list(source)
-        if not all(isinstance(rule, Rule) for rule in rules):
+        rules = [source] if isinstance(source, Rule) else source
+        if not isinstance(rules, Sequence) or not all(isinstance(rule, Rule) for rule in rules):
             raise RuleError("rules are a name, a path, a mapping, a RuleFile or a list of Rule objects")
         data = [rule.model_dump(exclude_defaults=True) for rule in rules]
         file = _check(_plain({"version": 1, "rules": data}, "rules"), Problems("rules"), Path(), ())

@@ -232,6 +232,11 @@ class RuleFile(Shape):
     expect: Expect | None = Field(default=None, description="What must be true of all sites together.")
     tests: list[Test] = Field(default=[], description="Models and the sites to be found in them.")
 
+    @field_validator("version", mode="before")
+    @classmethod
+    def _whole_version(cls, version: Any) -> Any:
+        return str(version) if isinstance(version, bool) else version  # True == 1
+
     _places: dict[str, str] = PrivateAttr(default_factory=dict)
     _notes: tuple[str, ...] = PrivateAttr(default=())
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
+from typing_extensions import TypedDict  # pydantic takes that of typing only from Python 3.12 on
 
 from convrewrite import provenance
 from convrewrite.atomic import new_folder, sha256
@@ -24,9 +26,29 @@ from convrewrite.tensorfile import put_tensors, read_tensors, shared_tensors, wr
 
 FORMAT = 1
 _TENSORS, _RECIPE, _PLAN = "model.safetensors", "recipe.json", "plan.json"
-EXTRAS = ("graph.txt", "model.pt2", "model.onnx")
 _REPORTS = {"report.txt": "text", "report.md": "markdown", "report.json": "json", "report.html": "html"}
 _PACKAGES = ("convrewrite", "torch", "torchvision", "timm", "safetensors")
+
+
+class _Recipe(TypedDict):
+    """What recipe.json holds.
+
+    `source`, `identity` and the plan build the architecture; the flags put every module and parameter back
+    in its state; the hashes tie the files to each other.
+    """
+
+    format: int
+    model: str
+    source: dict[str, Any] | None
+    identity: str
+    plan_hash: str
+    tensors_sha256: str
+    versions: dict[str, str]
+    files: list[str]
+    training: bool
+    training_except: list[str]
+    frozen: list[str]
+    derived: dict[str, str]
 
 
 def save(
@@ -45,7 +67,7 @@ def save(
             recognised where it can be, and otherwise `load` has to be given the original as `base`.
         report: written too, as text, Markdown, JSON and HTML.
         overwrite: replace a model that was saved there before; the exchange is atomic.
-        extras: other forms of the model, file name (of `EXTRAS`) -> function that writes that path.
+        extras: other forms of the model, file name -> function that writes that path.
 
     Raises:
         StoreError: the model was not rewritten, the folder is in use, or a tensor cannot be written.
@@ -73,6 +95,7 @@ def save(
                 "plan_hash": note.plan.hash,
                 "tensors_sha256": sha256(filling / _TENSORS),
                 "versions": _versions(),
+                "files": sorted([_RECIPE, *(path.name for path in filling.iterdir())]),
                 **_flags(model),
             }
             (filling / _RECIPE).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -188,28 +211,17 @@ def _read(place: Path) -> tuple[dict[str, Any], Plan]:
 
 def _read_recipe(path: Path) -> dict[str, Any]:
     try:
-        recipe = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise StoreError("the file is damaged (not JSON)", where=str(path), fix="save the model again") from None
-    if not isinstance(recipe, dict) or recipe.get("format") != FORMAT:
-        found = recipe.get("format") if isinstance(recipe, dict) else None
-        raise StoreError(f"format {found!r}, this version reads {FORMAT}", where=str(path))
-    wanted: dict[str, Any] = {
-        "identity": str,
-        "model": str,
-        "plan_hash": str,
-        "source": dict | None,
-        "tensors_sha256": str,
-        "training": bool,
-        "training_except": list,
-        "frozen": list,
-        "derived": dict,
-        "versions": dict,
-    }
-    for key, kind in wanted.items():
-        if key not in recipe or not isinstance(recipe[key], kind):
-            raise StoreError(f"the file is damaged ('{key}')", where=str(path), fix="save the model again")
-    return recipe
+    version = found.get("format") if isinstance(found, dict) else None
+    if version != FORMAT:
+        raise StoreError(f"format {version!r}, this version reads {FORMAT}", where=str(path))
+    try:
+        return dict(TypeAdapter(_Recipe).validate_python(found, strict=True))
+    except ValidationError as error:
+        key = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise StoreError(f"the file is damaged ('{key}')", where=str(path), fix="save the model again") from None
 
 
 def check_target(folder: str | Path, *, overwrite: bool) -> None:
@@ -220,12 +232,20 @@ def check_target(folder: str | Path, *, overwrite: bool) -> None:
     names = {path.name for path in place.iterdir()} if place.exists() else set()
     if not names:
         return
-    foreign = sorted(names - {_TENSORS, _RECIPE, _PLAN, *_REPORTS, *EXTRAS})
+    foreign = sorted(names - {_TENSORS, _RECIPE, _PLAN, *_REPORTS})
     if foreign or _RECIPE not in names:
         held = f"holds '{foreign[0]}'" if foreign else "is not empty"
         raise StoreError(f"the folder {held}, which convrewrite did not write", where=str(place), fix="name another")
     if not overwrite:
         raise StoreError("a model is saved there already", where=str(place), fix="name another folder, or overwrite")
+
+
+def _written(place: Path) -> set[str]:
+    """Names that the recipe in `place` lists; none if there is no readable one."""
+    try:
+        return set(_read_recipe(place / _RECIPE)["files"])
+    except (StoreError, OSError):
+        return set()
 
 
 def _recipe_of(source: Source | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -263,7 +283,9 @@ def _set_flags(model: nn.Module, recipe: Mapping[str, Any]) -> None:
         if parameter.is_floating_point() or parameter.is_complex():
             parameter.requires_grad_(name not in frozen)
     for name, buffer in _derived_buffers(model).items():
-        buffer.data = buffer.data.to(getattr(torch, recipe["derived"].get(name, ""), buffer.dtype))
+        dtype = getattr(torch, recipe["derived"].get(name, ""), None)
+        if isinstance(dtype, torch.dtype):
+            buffer.data = buffer.data.to(dtype)
 
 
 def _derived_buffers(model: nn.Module) -> dict[str, torch.Tensor]:

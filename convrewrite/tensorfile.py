@@ -33,10 +33,13 @@ def write_tensors(model: nn.Module, path: Path) -> None:
 
     aliases = shared_tensors(model)
     tensors = {key: _writable(key, value) for key, value in _state(model).items() if key not in aliases}
+    path.touch()
+    mode = path.stat().st_mode  # safetensors makes its files private; this one is as readable as its neighbours
     try:
         save_file(tensors, path, metadata={"format": "pt", "aliases": json.dumps(aliases, sort_keys=True)})
     except (KeyError, ValueError, RuntimeError) as error:
         raise StoreError(f"a tensor cannot be written: {error}".splitlines()[0], where=str(path)) from error
+    path.chmod(mode)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

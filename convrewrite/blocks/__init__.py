@@ -1,4 +1,4 @@
-"""The blocks: modules that can stand where a convolution stood. A file here that registers a block is found by itself."""
+"""The blocks: modules that can stand where a convolution stood. A file that registers one is found by itself."""
 
 from __future__ import annotations
 

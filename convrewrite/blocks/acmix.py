@@ -77,12 +77,12 @@ class ACmix(Block):
     Options = ACmixOptions
     paper = "Pan et al. 2022, arXiv 2111.14556"
     silent = ("conv_p.bias",)
+    options: ACmixOptions
 
     def __init__(self, place: Place, options: ACmixOptions) -> None:
         super().__init__(place, options)
         assert place.conv is not None  # refuse() said so
         self.spec = place.conv
-        self.options = options
         self.head_dim = self.out_channels // options.heads
         taps = options.kernel_conv**2
         self.conv1 = nn.Conv2d(self.in_channels, self.out_channels, 1)
@@ -193,12 +193,15 @@ class ACmix(Block):
         tiles, tile_queries, tile_keys = tile_counts(y, x)
         tiled = batch * tiles * c_out * 2 * (tile_queries + tile_keys)  # q, k, v and output in tiles
         extra = batch * tiles * heads * tile_queries + tile_queries * tile_keys  # softmax sums and the mask
+        gathered = queries * c_out * batch if (tiles, tile_keys) == (1, positions) else tiled
+        attention = batch * positions * 4 * c_out + gathered + extra
+        convolution = batch * (positions * 6 + queries * 2) * c_out + 6 * heads * c_out * taps
+        kept = batch * (positions * (c_in + 3 * c_out) + queries * c_out) + 6 * heads * c_out * taps
         return Cost(
             params=3 * (c_in + 1) * c_out + 3 * dim + 3 * heads * taps + c_out * taps**2 + rates,
             flops=flops,
-            act_infer=FLOAT_BYTES * (batch * positions * 4 * c_out + tiled + extra),
-            act_train=FLOAT_BYTES
-            * (batch * (positions * 3 + queries) * c_out + tiled + extra + 6 * heads * c_out * taps),
+            act_infer=FLOAT_BYTES * max(attention, convolution),
+            act_train=FLOAT_BYTES * (kept + tiled + extra),
         )
 
 

@@ -91,7 +91,7 @@ class Blend(nn.Module):
 
 
 def blend_cost(conv: ConvSpec, place: Place, block_cost: Cost) -> Cost:
-    """Cost of a `Blend`: both parts and the gate, with the two outputs alive together (elementwise work not counted)."""
+    """Of a `Blend`: both parts and the gate, with the two outputs alive at once (elementwise work not counted)."""
     batch, channels, height, width = place.out_shape
     output = FLOAT_BYTES * batch * channels * height * width
     return Cost(

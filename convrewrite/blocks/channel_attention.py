@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from convrewrite.blocks.base import Block, BlockOptions, register_block
-from convrewrite.blocks.tokens import FLOAT_BYTES, attend, gated, holds_logits, refuse_change
+from convrewrite.blocks.tokens import FLOAT_BYTES, attend, attend_elements, gated, refuse_change
 from convrewrite.sites import Cost, Place
 
 
@@ -68,10 +68,10 @@ class ChannelAttention(Block):
     def cost(cls, place: Place, options: BlockOptions) -> Cost:
         batch, channels, height, width = place.in_shape
         size = height * width
-        whole = holds_logits(channels, size)
+        alive, kept = attend_elements(channels, channels, size, size)
         return Cost(
             params=1,
             flops=4 * batch * channels**2 * size,
-            act_infer=FLOAT_BYTES * batch * channels * (2 * size + (2 * channels if whole else 1)),
-            act_train=FLOAT_BYTES * batch * channels * (2 * size + (channels if whole else 1)),
+            act_infer=FLOAT_BYTES * batch * (channels * size + alive),
+            act_train=FLOAT_BYTES * batch * (kept - 2 * channels * size),  # keys and values are x itself
         )

@@ -88,11 +88,12 @@ class CrissCross(Block):
         )
         del tokens
         weights = self._weights(q, k)  # (B, H, W, H + W)
+        del q, k
         in_column = weights[..., :height].transpose(1, 2).flatten(0, 1)  # (B*W, H, H)
         in_row = weights[..., height:].flatten(0, 1)  # (B*H, W, W)
         column = torch.bmm(in_column, v.transpose(1, 2).flatten(0, 1))  # (B*W, H, C)
         row = torch.bmm(in_row, v.flatten(0, 1))  # (B*H, W, C)
-        return row.view(v.shape) + column.view(batch, width, height, v.shape[3]).transpose(1, 2)
+        return row.view(v.shape).add_(column.view(batch, width, height, v.shape[3]).transpose(1, 2))
 
     def _weights(self, q: Tensor, k: Tensor) -> Tensor:
         """Softmax over column and row, u itself in the column: (B, H, W, H + W)."""
@@ -103,6 +104,7 @@ class CrissCross(Block):
         q, k = q.transpose(1, 2).flatten(0, 1), k.transpose(1, 2).flatten(0, 1)  # (B*W, H, r)
         column = torch.bmm(q, k.transpose(1, 2)).view(batch, width, height, height).transpose(1, 2)  # (B, H, W, H)
         logits = torch.cat([column, row.view(batch, height, width, width)], -1)
+        del row, column
         return softmax32(logits).to(logits.dtype)
 
     @classmethod
@@ -111,10 +113,11 @@ class CrissCross(Block):
         batch, channels, height, width = place.in_shape
         reduced, size, reach = max(1, channels // options.reduction), height * width, height + width
         passes = options.recurrence
-        kept = 3 * channels + 4 * reduced + reach + height
+        alive = max(channels + 4 * reduced + 2 * reach, 3 * channels + reach + height) + (channels if passes > 1 else 0)
+        kept = passes * (4 * channels + 4 * reduced + reach + height)
         return Cost(
             params=2 * (channels + 1) * reduced + (channels + 1) * channels + 1,
             flops=passes * batch * size * 2 * (channels * (2 * reduced + channels) + reach * (reduced + channels)),
-            act_infer=FLOAT_BYTES * batch * size * (5 * channels + 2 * reduced),
-            act_train=FLOAT_BYTES * batch * size * (kept * passes),
+            act_infer=FLOAT_BYTES * batch * size * alive,
+            act_train=FLOAT_BYTES * batch * size * kept,
         )

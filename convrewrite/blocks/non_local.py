@@ -13,6 +13,8 @@ from convrewrite.blocks.base import Block, BlockOptions, float32, register_block
 from convrewrite.blocks.tokens import (
     FLOAT_BYTES,
     attend,
+    attend_elements,
+    holds_logits,
     pointwise,
     refuse_change,
     to_map,
@@ -122,14 +124,13 @@ class NonLocal(Block):
         return refuse_change(cls.name, place)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = to_tokens(x)
         gather = {
             "embedded_gaussian": self._embedded_gaussian,
             "gaussian": self._gaussian,
             "dot_product": self._dot_product,
             "concatenation": self._concatenation,
         }[self.options.pairwise]
-        y: Tensor = self.W(to_map(gather(tokens, x), x))
+        y: Tensor = self.W(to_map(gather(to_tokens(x), x), x))
         return x + y.to(x.dtype)
 
     def _keys(self, tokens: Tensor, x: Tensor) -> Tensor:
@@ -142,8 +143,10 @@ class NonLocal(Block):
         return float(width**-0.5) if self.options.scale else 1.0
 
     def _embedded_gaussian(self, tokens: Tensor, x: Tensor) -> Tensor:
-        q, k, v = (pointwise(conv, tokens) for conv in (self.theta, self.phi, self.g))
-        return attend(q, self._keys(k, x), self._keys(v, x), self._scale(q.shape[-1]))
+        q = pointwise(self.theta, tokens)
+        k, v = (self._keys(pointwise(conv, tokens), x) for conv in (self.phi, self.g))
+        del tokens  # the memory is needed elsewhere
+        return attend(q, k, v, self._scale(q.shape[-1]))
 
     def _gaussian(self, tokens: Tensor, x: Tensor) -> Tensor:
         v = self._keys(pointwise(self.g, tokens), x)
@@ -151,9 +154,10 @@ class NonLocal(Block):
         return attend(q, self._keys(q, x), v, self._scale(q.shape[-1]))
 
     def _dot_product(self, tokens: Tensor, x: Tensor) -> Tensor:
-        q, k, v = (pointwise(conv, tokens) for conv in (self.theta, self.phi, self.g))
-        k, v = self._keys(k, x).transpose(1, 2), self._keys(v, x)  # (B, d, M), (B, M, d)
-        k = k / v.shape[1]
+        q = pointwise(self.theta, tokens)
+        k, v = (self._keys(pointwise(conv, tokens), x) for conv in (self.phi, self.g))
+        del tokens
+        k = (k / v.shape[1]).transpose(1, 2)  # (B, d, M)
         if _matrix_first(q.shape[1], v.shape[1], v.shape[2]):
             return torch.bmm(torch.bmm(q, k), v)
         return torch.bmm(q, torch.bmm(k, v))
@@ -168,6 +172,7 @@ class NonLocal(Block):
         else:
             b = _scalar(tokens, self.phi, weight[1:])
         g = self._keys(pointwise(self.g, tokens), x)
+        del tokens
         return mean_of_relu(a, b, g).to(g.dtype)
 
     @classmethod
@@ -201,8 +206,9 @@ def mean_of_relu(a: Tensor, b: Tensor, g: Tensor) -> Tensor:
     b, order = b.sort(dim=1, descending=True, stable=True)
     start = torch.arange(batch, device=g.device)[:, None]
     g = g.flatten(0, 1).index_select(0, (order + start * keys).flatten()).view(batch, keys, width)
-    sums = F.pad(torch.cat([g, b[..., None] * g], -1).cumsum(1), (0, 0, 1, 0))  # (B, M + 1, 2*d)
+    sums = F.pad(torch.cat([g, b[..., None] * g], -1), (0, 0, 1, 0)).cumsum(1)  # (B, M + 1, 2*d)
     picked = sums.flatten(0, 1).index_select(0, (count + start * (keys + 1)).flatten()).view(batch, queries, 2 * width)
+    del sums
     return torch.addcmul(picked[..., width:], a[..., None], picked[..., :width]) / keys
 
 
@@ -250,4 +256,27 @@ def _activations(place: Place, options: NonLocalOptions) -> tuple[int, int]:
     """Elements (alive at once in inference, kept for training)."""
     batch, channels = place.in_shape[:2]
     inter, (size, keys) = _inter(place, options), _sizes(place, options)
-    return batch * size * channels * 3, batch * size * channels * 3
+    pooled = keys * inter if options.sub_sample else 0
+    full = size * inter if options.sub_sample else 0  # what a max pool keeps
+    last = size * channels  # W_z's result, which a BN keeps and doubles
+    projected = 2 * (size + keys) * inter if options.sub_sample else 3 * size * inter  # tokens not counted
+    if options.pairwise == "embedded_gaussian":
+        alive, kept = attend_elements(size, keys, inter, inter)
+        alive, kept = alive + (size + 2 * keys) * inter, kept + size * channels + 2 * full
+    elif options.pairwise == "gaussian":
+        alive, kept = attend_elements(size, keys, channels, inter)
+        projected = size * inter + pooled + (keys * channels if options.sub_sample else 0)
+        alive += size * channels + keys * inter + (keys * channels if options.sub_sample else 0)
+        kept += full + (0 if options.sub_sample else -keys * channels)
+    elif options.pairwise == "dot_product":
+        middle = size * keys if _matrix_first(size, keys, inter) else inter**2
+        alive = (2 * size + 3 * keys) * inter + middle
+        kept = size * channels + 2 * full + (2 * size + 2 * keys) * inter + middle
+    else:
+        projected = (size + keys) * inter + 2 * pooled
+        alive = 3 * keys * inter + 2 * inter * max(keys, size) + keys * inter
+        kept = size * channels + 2 * full + pooled + keys * inter + 3 * size * inter
+    output = size * (max(channels, inter) if options.pairwise == "gaussian" and not holds_logits(keys, inter) else inter)
+    norm = options.norm == "batch"
+    infer = max(size * channels + projected, alive, max(output + (2 if norm else 1) * last, 2 * last))
+    return batch * infer, batch * (kept + (last if norm else 0))

@@ -10,8 +10,8 @@ from convrewrite.blocks.base import Block, BlockOptions, register_block
 from convrewrite.blocks.tokens import (
     FLOAT_BYTES,
     attend,
+    attend_elements,
     gated,
-    holds_logits,
     pointwise,
     refuse_change,
     to_map,
@@ -81,6 +81,7 @@ class PositionAttention(Block):
 
     def _attention(self, tokens: Tensor) -> Tensor:
         q, k, v = (pointwise(conv, tokens) for conv in (self.query_conv, self.key_conv, self.value_conv))
+        del tokens  # the memory is needed elsewhere
         return attend(q, k, v)  # (B, H*W, C)
 
     @classmethod
@@ -88,13 +89,10 @@ class PositionAttention(Block):
         assert isinstance(options, PositionAttentionOptions)
         batch, channels, height, width = place.in_shape
         size, reduced = height * width, max(1, channels // options.reduction)
-        inputs = 2 * channels + 2 * reduced  # tokens, q, k, v
-        # logits and weights; or padded q, k and the sums of the softmax
-        held = 2 * size if holds_logits(size, channels) else 2 * channels + 1
-        kept = size if holds_logits(size, channels) else 2 * channels + 1 - 2 * reduced
+        alive, kept = attend_elements(size, size, reduced, channels)
         return Cost(
             params=2 * (channels + 1) * reduced + (channels + 1) * channels + 1,
             flops=batch * size * (2 * channels * (2 * reduced + channels) + 2 * size * (reduced + channels)),
-            act_infer=FLOAT_BYTES * batch * size * (inputs + held + channels),
-            act_train=FLOAT_BYTES * batch * size * (inputs + kept + channels),
+            act_infer=FLOAT_BYTES * batch * (size * (channels + 2 * reduced) + max(size * channels, alive)),
+            act_train=FLOAT_BYTES * batch * (size * channels + kept),
         )

@@ -60,6 +60,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
     return out[:, 0, :, :width]
 
 
+def attend_elements(queries: int, keys: int, width: int, value_width: int) -> tuple[int, int]:
+    """What `attend` costs one image in float32: (elements alive besides q, k, v; elements kept, y and they included)."""
+    if holds_logits(keys, value_width):
+        logits = queries * keys
+        alive = logits + max(logits, queries * value_width)
+        return alive, (queries + keys) * width + keys * value_width + logits + queries * value_width
+    wide = max(width, value_width)
+    padded = (queries + keys) * wide if width < value_width else keys * wide if width > value_width else 0
+    return padded + queries * (wide + 1), 2 * (queries + keys) * wide + queries
+
+
 def gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     """x + gate y in the dtype of `x`; exactly `x` while the gate is zero."""
     return torch.addcmul(x, gate.to(x.dtype), y.to(x.dtype))

@@ -175,9 +175,11 @@ def profile(sites: Sequence[Site], edits: Sequence[Edit]) -> str:
         drawn.append(f"<g><title>{tip}</title>{_column('was', x, width, 0, min(old, new))}{change}</g>")
     axis = "".join(f'<line class="axis" x1="0" x2="1000" y1="{y}" y2="{y}"/>' for y in (0, 50, 100))
     scale = "".join(f"<span>{figures.count(int(most * part))}</span>" for part in (1.0, 0.5, 0.0))
+    label = "FLOPs of every convolution before and after"
     return (
-        f'<div class="profile"><div class="scale">{scale}</div><svg class="chart" role="img" preserveAspectRatio="none" '
-        f'aria-label="FLOPs of every convolution before and after" viewBox="0 0 1000 100">{axis}{"".join(drawn)}</svg></div>'
+        f'<div class="profile"><div class="scale">{scale}</div>'
+        f'<svg class="chart" role="img" aria-label="{label}" preserveAspectRatio="none" viewBox="0 0 1000 100">'
+        f"{axis}{''.join(drawn)}</svg></div>"
     )
 
 

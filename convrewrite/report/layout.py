@@ -123,7 +123,8 @@ def _diff_cell(view: ModelView, site: Site | None, other: Site | None, *, change
 
 
 def _cell(site: Site, tone: str = "") -> Cell:
-    about = f"{site.id}: {site.role}, {figures.conv(site)}, params {figures.count(site.params)}, FLOPs {figures.count(site.flops)}"
+    costs = f"params {figures.count(site.params)}, FLOPs {figures.count(site.flops)}"
+    about = f"{site.id}: {site.role}, {figures.conv(site)}, {costs}"
     mark = "~" if site.rewritten else ""
     return Cell(site.role, _kernel(site), about, mark, tone or ("replaced" if mark else ""))
 

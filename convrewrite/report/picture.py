@@ -97,7 +97,8 @@ def _band(pen: Pen, band: Band, top: float, index: int) -> tuple[str, float]:
 def _title(pen: Pen, band: Band, top: float) -> str:
     if not pen.gutter:
         facts = escape(" · ".join(band.facts))
-        return f'<text class="stage" x="8" y="{top + 21:.1f}">{escape(band.title)}<tspan class="fact" dx="8">{facts}</tspan></text>'
+        title = f'{escape(band.title)}<tspan class="fact" dx="8">{facts}</tspan>'
+        return f'<text class="stage" x="8" y="{top + 21:.1f}">{title}</text>'
     rows = [f'<text class="stage" x="10" y="{top + 24:.1f}">{escape(band.title)}</text>']
     rows += [
         f'<text class="fact" x="10" y="{top + 41 + 15 * i:.1f}">{escape(fact)}</text>'
@@ -189,9 +190,8 @@ def _group(pen: Pen, group: Group, x: float, y: float, *, after: bool) -> str:
     kind = "box" if group.label else "box loose"
     parts = []
     if any(cells):
-        parts.append(
-            f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" width="{_group_width(pen, group):.1f}" height="{pen.box}" rx="4"/>'
-        )
+        size = f'width="{_group_width(pen, group):.1f}" height="{pen.box}"'
+        parts.append(f'<rect class="{kind}" x="{x:.1f}" y="{y:.1f}" {size} rx="4"/>')
     at = x + _PAD
     for slot, cell in zip(group.slots, cells, strict=True):
         width = _slot_width(pen, slot)

@@ -36,9 +36,10 @@ def funnel(steps: Funnel) -> str:
 
 
 def old(edit: Edit) -> str:
-    """What stands at the place now: the convolution, or for an insertion the tensor that passes there."""
+    """What stands at the place now: the convolution and what goes with it; for an insertion the tensor there."""
     if edit.action == "replace":
-        return figures.conv(edit.site)
+        absorbed = f" and {', '.join(map(figures.plain, edit.absorbs))}" if edit.absorbs else ""
+        return figures.conv(edit.site) + absorbed
     return f"{edit.in_shape[1]} channels {figures.shape(edit.in_shape[2:])}"
 
 

@@ -114,6 +114,7 @@ def _edit() -> Schema:
             "out_shape": _list(_COUNT),
             "before": _ref("cost"),
             "after": _ref("cost"),
+            "absorbs": _list(_TEXT),
         }
     )
 
@@ -121,7 +122,7 @@ def _edit() -> Schema:
 def _site() -> Schema:
     texts = ("id", "path", "op", "module_class", "rewritten")
     numbers_or_null = ("stage", "stage_from_end", "block", "block_from_end", "position")
-    shapes = ("in_shape", "out_shape", "block_in_shape", "block_shape", "stage_shape", "receptive_field")
+    shapes = ("in_shape", "out_shape", "block_in_shape", "block_shape", "stage_shape", "pool_shape", "receptive_field")
     return _object(
         {
             **dict.fromkeys(texts, _TEXT),
@@ -129,7 +130,7 @@ def _site() -> Schema:
             **dict.fromkeys(numbers_or_null, _INT_OR_NULL),
             **dict.fromkeys(shapes, _list(_COUNT)),
             **dict.fromkeys(("block_path", "block_entry", "stage_path"), _TEXT_OR_NULL),
-            **dict.fromkeys(("follows", "precedes"), _list(_TEXT)),
+            **dict.fromkeys(("follows", "precedes", "pool_tail"), _list(_TEXT)),
             "kind": {"enum": ["module", "functional"]},
             "role": {"enum": list(ROLES)},
             "inside": _list(_pair_of(_TEXT, _TEXT)),

@@ -54,7 +54,7 @@ class Factory:
         if not callable(made):
             raise SourceError(f"'{attribute}' is a {type(made).__name__}, not a function", where=spec)
         _check_options(made, options, spec)
-        with _one_line_errors(spec, "the factory raised"):
+        with _one_line_errors(spec, "the factory failed"):
             made = made(**options)
         if not isinstance(made, nn.Module):
             raise SourceError(f"the factory returned a {type(made).__name__}, not an nn.Module", where=spec)
@@ -84,6 +84,8 @@ def _import(home: str, spec: str) -> ModuleType:
 
 
 def _import_file(path: Path, spec: str) -> ModuleType:
+    if not path.is_absolute():  # `recipe` made it so: this one came from a saved folder, and was edited
+        raise SourceError("a recipe names its file by the whole path", where=spec)
     if not path.is_file():
         raise SourceError(f"there is no file '{path}'", where=spec)
     name = f"_convrewrite_file_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
@@ -136,7 +138,7 @@ def _one_line_errors(spec: str, what: str) -> Iterator[None]:
     except ConvrewriteError:
         raise
     except (Exception, SystemExit) as error:  # a script without a main guard may exit on import
-        raise SourceError(f"{what} {one_line(error)}", where=spec) from error
+        raise SourceError(f"{what}: {one_line(error)}", where=spec) from error
 
 
 @contextmanager

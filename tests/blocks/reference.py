@@ -83,7 +83,7 @@ def loop_acmix(
     stride: Pair = (1, 1),
     dilation: Pair = (1, 1),
 ) -> Tensor:
-    """ACmix at the queries ``start + i * stride``, i < count, from Pan et al. 2022, without any shared or fused step."""
+    """ACmix at the queries ``start + i * stride``, i < count, from Pan et al. 2022, nothing shared or fused."""
     batch, _, height, width = x.shape
     rows, columns = count or (height, width)
     c_out = state["conv1.weight"].shape[0]
@@ -130,7 +130,7 @@ def _keys(*sizes: int) -> list[tuple[int, ...]]:
 
 
 def unfold_acmix(state: dict[str, Tensor], x: Tensor, *, heads: int, stride: int = 1) -> Tensor:
-    """ACmix with window 7 and kernel_conv 3 in its plain form: unfolded keys, values and positions, fc, grouped conv."""
+    """ACmix with window 7 and kernel_conv 3 plainly: unfolded keys, values and positions, fc, grouped conv."""
     batch, _, height, width = x.shape
     q, k, v = (F.conv2d(x, state[f"conv{s}.weight"], state[f"conv{s}.bias"]) for s in (1, 2, 3))
     dim = q.shape[1] // heads

@@ -17,6 +17,8 @@ from convrewrite.sites import Cost, Place
 class Other(Block):
     """Stands for any block: another convolution."""
 
+    inner: nn.Conv2d
+
     def __init__(self, place: Place, options: BlockOptions) -> None:
         super().__init__(place, options)
         self.inner = nn.Conv2d(self.in_channels, self.out_channels, 3, padding=1, stride=2)
@@ -29,10 +31,17 @@ class Other(Block):
 PLACE = Place((2, 3, 9, 8), (2, 4, 5, 4))
 
 
-def blend(dtype: torch.dtype = torch.float32) -> tuple[Blend, Tensor]:
+class Mixed(Blend):
+    """A `Blend` whose parts have their types."""
+
+    conv: nn.Conv2d
+    block: Other
+
+
+def blend(dtype: torch.dtype = torch.float32) -> tuple[Mixed, Tensor]:
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 4, 3, padding=1, stride=2, bias=False)
-    return Blend(conv, Other(PLACE, BlockOptions())).to(dtype), torch.randn(PLACE.in_shape, dtype=dtype)
+    return Mixed(conv, Other(PLACE, BlockOptions())).to(dtype), torch.randn(PLACE.in_shape, dtype=dtype)
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -57,6 +66,7 @@ def test_is_exact_where_the_difference_of_the_two_would_overflow() -> None:
     mixed, x = blend(torch.float16)
     nn.init.constant_(mixed.conv.weight, 0.0)
     nn.init.constant_(mixed.block.inner.weight, 0.0)
+    assert mixed.block.inner.bias is not None
     nn.init.constant_(mixed.block.inner.bias, -6e4)
     mixed.conv.bias = nn.Parameter(torch.full((4,), 6e4, dtype=torch.float16))
     assert torch.equal(mixed(x), mixed.conv(x))
@@ -77,6 +87,7 @@ def test_the_gate_has_a_gradient_at_the_start_and_the_block_has_none() -> None:
     assert mixed.gate.grad is not None
     want = (mixed.block(x) - mixed.conv(x)).sum((0, 2, 3))
     torch.testing.assert_close(mixed.gate.grad.flatten(), want)
+    assert mixed.block.inner.weight.grad is not None
     assert mixed.block.inner.weight.grad.count_nonzero() == 0
 
 

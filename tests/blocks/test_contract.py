@@ -46,13 +46,13 @@ def convolution(name: str) -> nn.Conv2d:
 
 def places() -> list[tuple[str, str]]:
     """(block, place) for every place of the table and both ways to stand there, where the block takes it."""
-    found = []
-    for block, cls in BLOCKS.items():
-        for name in CONVOLUTIONS:
-            for action in cls.actions:
-                if cls.refuse(place(name, action), cls.Options()) is None:
-                    found.append((block, f"{action} {name}"))
-    return found
+    return [
+        (block, f"{action} {name}")
+        for block, cls in BLOCKS.items()
+        for name in CONVOLUTIONS
+        for action in cls.actions
+        if cls.refuse(place(name, action), cls.Options()) is None
+    ]
 
 
 def place(name: str, action: str) -> Place:
