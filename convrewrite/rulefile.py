@@ -197,10 +197,16 @@ def _merged(data: dict[str, Any], bases: Sequence[RuleFile]) -> dict[str, Any]:
     merged["roles"] = [item for part in (*inherited, data) for item in _list(part.get("roles"))]
     base_rules = {rule["id"]: rule for base in inherited for rule in _list(base.get("rules"))}
     own_rules = _list(data.get("rules"))
-    own_ids = {rule.get("id"): rule for rule in own_rules if isinstance(rule, dict) and isinstance(rule.get("id"), str)}
-    merged["rules"] = [own_ids.get(rule_id, rule) for rule_id, rule in base_rules.items()]
-    merged["rules"] += [r for r in own_rules if not isinstance(r, dict) or r.get("id") not in base_rules]
+    own_by_id = {_id(rule): rule for rule in own_rules}
+    merged["rules"] = [own_by_id.get(rule_id, rule) for rule_id, rule in base_rules.items()]
+    merged["rules"] += [rule for rule in own_rules if _id(rule) not in base_rules]
     return merged
+
+
+def _id(rule: Any) -> str | None:
+    """The id of a rule, if it has one that can be."""
+    rule_id = rule.get("id") if isinstance(rule, dict) else None
+    return rule_id if isinstance(rule_id, str) else None
 
 
 def _dict(value: Any) -> dict[str, Any]:
@@ -239,14 +245,13 @@ def _check_rules(data: dict[str, Any], merged: dict[str, Any], problems: Problem
     """What only shows across rules: ids given twice, patterns that cannot be read, tests of unknown rules."""
     seen: dict[str, int] = {}
     for index, rule in enumerate(_list(data.get("rules"))):
-        rule_id = rule.get("id") if isinstance(rule, dict) else None
-        if isinstance(rule_id, str):
+        if rule_id := _id(rule):
             if rule_id in seen:
                 problems.add(("rules", index, "id"), f"'{printable(rule_id)}' is rules[{seen[rule_id]}] already")
             seen.setdefault(rule_id, index)
         _check_patterns(_dict(_dict(rule).get("expect")), ("rules", index, "expect"), problems)
     _check_patterns(_dict(data.get("expect")), ("expect",), problems)
-    known = {rule["id"] for rule in merged["rules"] if isinstance(rule, dict) and isinstance(rule.get("id"), str)}
+    known = {rule_id for rule in merged["rules"] if (rule_id := _id(rule))}
     for index, test in enumerate(_list(data.get("tests"))):
         for rule_id in _dict(_dict(test).get("sites")):
             if rule_id not in known:

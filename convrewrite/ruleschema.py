@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -147,6 +147,10 @@ class Rule(Shape):
     ``Rule(id="x", match={"role": "bottleneck_spatial"}, replace={"block": "acmix", "heads": 4})``
     """
 
+    if TYPE_CHECKING:  # mappings are taken for the nested parts, which the fields' types do not say
+
+        def __init__(self, /, **data: Any) -> None: ...
+
     id: str = Field(pattern=_ID, description="Name of the rule in plans and messages.")
     title: str = Field(default="", description="What it does, for readers.")
     match: Match = Field(description="Which convolutions: all keys must fit; of a list one.")
@@ -216,6 +220,10 @@ class Test(Shape):
 
 class RuleFile(Shape):
     """A whole rule file, with what it extends already merged in."""
+
+    if TYPE_CHECKING:  # mappings are taken for the nested parts, which the fields' types do not say
+
+        def __init__(self, /, **data: Any) -> None: ...
 
     version: Literal[1] = Field(description="Version of this format.")
     name: str = Field(

@@ -112,7 +112,10 @@ def _cost(module: nn.Module | None, spec: ConvSpec, in_shape: Shape, out_shape: 
     """Cost of what stands at the site now: the convolution, a block, or both under a blend."""
     block = module.block if isinstance(module, Blend) else module
     if not isinstance(block, Block) or not (is_feature(in_shape) and is_feature(out_shape)):
-        return conv_cost(spec, in_shape, out_shape)
+        cost = conv_cost(spec, in_shape, out_shape)
+        if module is None or isinstance(block, Block):
+            return cost
+        return replace(cost, params=sum(p.numel() for p in module.parameters()))  # weight norm has more than the weight
     place = Place(in_shape, out_shape, spec)
     cost = block.cost(place, block.options)
     return blend_cost(spec, place, cost) if isinstance(module, Blend) else cost

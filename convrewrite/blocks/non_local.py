@@ -256,27 +256,31 @@ def _activations(place: Place, options: NonLocalOptions) -> tuple[int, int]:
     """Elements (alive at once in inference, kept for training)."""
     batch, channels = place.in_shape[:2]
     inter, (size, keys) = _inter(place, options), _sizes(place, options)
-    pooled = keys * inter if options.sub_sample else 0
-    full = size * inter if options.sub_sample else 0  # what a max pool keeps
-    last = size * channels  # W_z's result, which a BN keeps and doubles
-    projected = 2 * (size + keys) * inter if options.sub_sample else 3 * size * inter  # tokens not counted
+    projected, alive, kept = _gathering(options, channels, inter, size, keys)
+    padded = options.pairwise == "gaussian" and not holds_logits(keys, inter)
+    output, last = size * (max(channels, inter) if padded else inter), size * channels
+    norm = last if options.norm == "batch" else 0  # its input is kept, its output lives beside it
+    infer = max(last + projected, alive, max(output + last + norm, 2 * last))
+    return batch * infer, batch * (kept + norm)
+
+
+def _gathering(options: NonLocalOptions, channels: int, inter: int, size: int, keys: int) -> tuple[int, int, int]:
+    """Elements for one image: of projections beside the tokens, alive while y is computed, kept (y and tokens too)."""
+    pool = options.sub_sample
+    tokens, query, key = size * channels, size * inter, keys * inter
+    full = query if pool else 0  # what goes into a max pool is kept for its backward pass
+    projected = 2 * (query + key) if pool else 3 * query
     if options.pairwise == "embedded_gaussian":
         alive, kept = attend_elements(size, keys, inter, inter)
-        alive, kept = alive + (size + 2 * keys) * inter, kept + size * channels + 2 * full
-    elif options.pairwise == "gaussian":
+        return projected, alive + query + 2 * key, kept + tokens + 2 * full
+    if options.pairwise == "gaussian":
         alive, kept = attend_elements(size, keys, channels, inter)
-        projected = size * inter + pooled + (keys * channels if options.sub_sample else 0)
-        alive += size * channels + keys * inter + (keys * channels if options.sub_sample else 0)
-        kept += full + (0 if options.sub_sample else -keys * channels)
-    elif options.pairwise == "dot_product":
+        own = keys * channels if pool else 0  # without a pool the keys are the tokens
+        projected = query + own + (key if pool else 0)
+        return projected, alive + tokens + own + key, kept + full - (0 if pool else tokens)
+    if options.pairwise == "dot_product":
         middle = size * keys if _matrix_first(size, keys, inter) else inter**2
-        alive = (2 * size + 3 * keys) * inter + middle
-        kept = size * channels + 2 * full + (2 * size + 2 * keys) * inter + middle
-    else:
-        projected = (size + keys) * inter + 2 * pooled
-        alive = 3 * keys * inter + 2 * inter * max(keys, size) + keys * inter
-        kept = size * channels + 2 * full + pooled + keys * inter + 3 * size * inter
-    output = size * (max(channels, inter) if options.pairwise == "gaussian" and not holds_logits(keys, inter) else inter)
-    norm = options.norm == "batch"
-    infer = max(size * channels + projected, alive, max(output + (2 if norm else 1) * last, 2 * last))
-    return batch * infer, batch * (kept + (last if norm else 0))
+        alive = max(query + 3 * key, 2 * (query + key) + middle)
+        return projected, alive, tokens + 2 * (full + query + key) + middle
+    alive = 4 * key + 2 * max(query, key)
+    return query + key + (2 * key if pool else 0), alive, tokens + 2 * full + (2 if pool else 1) * key + 3 * query

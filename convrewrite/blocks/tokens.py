@@ -61,7 +61,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def attend_elements(queries: int, keys: int, width: int, value_width: int) -> tuple[int, int]:
-    """What `attend` costs one image in float32: (elements alive besides q, k, v; elements kept, y and they included)."""
+    """What `attend` costs one image in float32: (elements alive besides q, k, v; elements kept, with them and y)."""
     if holds_logits(keys, value_width):
         logits = queries * keys
         alive = logits + max(logits, queries * value_width)

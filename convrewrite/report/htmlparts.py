@@ -10,7 +10,7 @@ from convrewrite.report import figures
 from convrewrite.report import plancontent as plans
 from convrewrite.report.document import Section, Table
 from convrewrite.report.layout import Band, Cell
-from convrewrite.report.picture import draw
+from convrewrite.report.picture import WITH_KERNELS, draw
 from convrewrite.report.style import style_sheet
 from convrewrite.reports import Report
 from convrewrite.sites import ROLES, Site
@@ -120,7 +120,8 @@ def picture(bands: Sequence[Band], *, compare: bool, label: str) -> str:
 def _legend(cells: Sequence[Cell], *, compare: bool) -> str:
     roles = {c.role if c.role in ROLES else "other" for c in cells if c.tone != "inserted"}
     items = [_swatch(f"cell r-{role}", "", role.replace("_", " ")) for role in ROLES if role in roles]
-    items.append(_swatch("cell r-other", "3", "kernel size", "kernel"))
+    if len(cells) <= 2 * WITH_KERNELS:
+        items.append(_swatch("cell r-other", "3", "kernel size", "kernel"))
     tones = {c.tone for c in cells}
     if compare and "replaced" in tones:
         items.append(_swatch(f"cell r-{next((r for r in ROLES if r in roles), 'other')} replaced", "", "changes"))

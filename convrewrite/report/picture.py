@@ -14,10 +14,12 @@ from convrewrite.report import figures
 from convrewrite.report.layout import Band, Cell, Group, Slot
 from convrewrite.sites import ROLES
 
-_PAD, _GAP, _CELL_GAP = 5, 14, 3
+_PAD, _GAP, _CELL_GAP = 5, 14, 4
 _LABEL_HEIGHT, _ROW_GAP, _LINE_GAP = 14, 7, 12
 _ROW_NAMES = 46
 _LETTER = 6.1  # width of a letter of the 10.5 px face that cells and labels use
+WITH_KERNELS = 420
+"""A network of more convolutions than these gets cells too small for the size of the kernel."""
 _LONGEST_MARK = {24: 20, 18: 11, 14: 9}  # letters, by height of a cell; the legend names the blocks in full
 
 
@@ -62,7 +64,7 @@ def draw(bands: Sequence[Band], *, width: int, compare: bool, label: str) -> str
         label: says in words what the picture shows, for those who do not see it.
     """
     slots = sum(len(group.slots) for band in bands for group in band.groups)
-    cell = 24 if slots <= 90 else 18 if slots <= 320 else 14
+    cell = 24 if slots <= 90 else 18 if slots <= WITH_KERNELS else 14
     pen = Pen(width, 140 if width >= 600 else 0, cell, ("before", "after") if compare else ("now",))
     parts, y = [], 2.0
     for index, band in enumerate(bands):

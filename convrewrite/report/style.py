@@ -139,11 +139,14 @@ footer{margin-top:44px;color:var(--soft);font-size:13px;border-top:1px solid var
 }
 @media print{
   main{max-width:none;padding:0}
-  h2{break-after:avoid}
-  .tile,.bars>div,tr{break-inside:avoid}
+  h2,.note,.legend{break-after:avoid}
+  .tile,.bars>div,tr,.profile,.alert{break-inside:avoid}
+  .tile b{font-size:15px}
+  .bars{font-size:11px}
   .wide{display:block}
   .narrow{display:none}
   .scroll{overflow:visible}
+  details:not([open]){display:none}
   details>summary{list-style:none}
   body{font-size:12px}
   table{font-size:10.5px}

@@ -6,6 +6,7 @@ code of convrewrite but the constructors of its data types.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ WIDTHS = (64, 128, 256, 512)
 SIZES = (56, 28, 14, 7)
 RULE = "acmix/bottleneck-3x3"
 INSERT_RULE = "tail/non-local"
+Golden = Callable[[str, str], None]
 LAWS = ("shape", "start", "kept", "alive", "modes", "stable", "portable")
 # Published figures of torchvision's resnet50: parameters, of which BatchNorm 53,120 and the classifier 2,049,000.
 PARAMS = 25_557_032

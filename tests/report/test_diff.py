@@ -10,7 +10,7 @@ from torch import nn
 from convrewrite.diffing import ModelView, diff, merged, view_of
 from convrewrite.report import render_diff
 from tests.report import sample
-from tests.report.golden import check_golden
+from tests.report.sample import Golden
 
 BEFORE, AFTER = sample.views()
 
@@ -19,8 +19,8 @@ def view(modules: dict[str, str]) -> ModelView:
     return ModelView("m", (), {}, modules)
 
 
-def test_the_diff_reads_as_reviewed() -> None:
-    check_golden("diff_resnet50.txt", render_diff(diff(BEFORE, AFTER), "text"))
+def test_the_diff_reads_as_reviewed(golden: Golden) -> None:
+    golden("diff_resnet50.txt", render_diff(diff(BEFORE, AFTER), "text"))
 
 
 def test_a_model_does_not_differ_from_itself() -> None:

@@ -141,6 +141,16 @@ def test_a_block_that_is_wider_than_the_page_is_wrapped() -> None:
     assert all(right <= width for width, body in drawings(page) for _, right in rects(body))
 
 
+def test_a_huge_network_is_drawn_smaller_and_whole() -> None:
+    page = render_sites(sample.wide_sites(900), "html")
+    assert len(drawings(page)) == 2
+    for width, body in drawings(page):
+        assert body.count("<title>") == 900
+        assert max(right for _, right in rects(body)) <= width
+        assert 'class="kernel"' not in body
+    assert "kernel size" not in page
+
+
 def test_a_change_is_marked_by_its_symbol_and_its_name() -> None:
     wide = drawings(PAGES["report"])[0][1]
     assert wide.count(">~ acmix</text>") == 16

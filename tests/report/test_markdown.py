@@ -10,7 +10,7 @@ from convrewrite.diffing import diff
 from convrewrite.report import render, render_diff, render_plan, render_sites
 from convrewrite.report.markdown import escape
 from tests.report import sample
-from tests.report.golden import check_golden
+from tests.report.sample import Golden
 
 PAGES = {
     "report": render(sample.report(), "markdown", verbose=True),
@@ -23,12 +23,12 @@ PAGES = {
 }
 
 
-def test_the_report_reads_as_reviewed() -> None:
-    check_golden("report_resnet50.md.txt", render(sample.report(), "markdown"))
+def test_the_report_reads_as_reviewed(golden: Golden) -> None:
+    golden("report_resnet50.md.txt", render(sample.report(), "markdown"))
 
 
-def test_the_plan_reads_as_reviewed() -> None:
-    check_golden("plan_resnet50.md.txt", PAGES["plan"])
+def test_the_plan_reads_as_reviewed(golden: Golden) -> None:
+    golden("plan_resnet50.md.txt", PAGES["plan"])
 
 
 @pytest.mark.parametrize("name", PAGES)

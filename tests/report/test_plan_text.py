@@ -10,21 +10,21 @@ from convrewrite.errors import ConvrewriteError, PlanError
 from convrewrite.plans import Plan
 from convrewrite.report import REPORTS, render_plan, why
 from tests.report import sample
-from tests.report.golden import check_golden
+from tests.report.sample import Golden
 
 SITES = sample.resnet50_sites()
 
 
-def test_the_plan_of_resnet50_reads_as_reviewed() -> None:
-    check_golden("plan_resnet50.txt", render_plan(sample.plan(), "text"))
+def test_the_plan_of_resnet50_reads_as_reviewed(golden: Golden) -> None:
+    golden("plan_resnet50.txt", render_plan(sample.plan(), "text"))
 
 
-def test_the_verbose_plan_reads_as_reviewed() -> None:
-    check_golden("plan_resnet50_verbose.txt", render_plan(sample.plan(), "text", verbose=True))
+def test_the_verbose_plan_reads_as_reviewed(golden: Golden) -> None:
+    golden("plan_resnet50_verbose.txt", render_plan(sample.plan(), "text", verbose=True))
 
 
-def test_a_plan_without_edits_reads_as_reviewed() -> None:
-    check_golden("plan_nothing.txt", render_plan(sample.empty_plan(), "text"))
+def test_a_plan_without_edits_reads_as_reviewed(golden: Golden) -> None:
+    golden("plan_nothing.txt", render_plan(sample.empty_plan(), "text"))
 
 
 def test_a_plan_reads_the_same_after_it_was_saved_and_loaded() -> None:
@@ -107,8 +107,8 @@ def test_hostile_names_do_not_reach_the_terminal() -> None:
     assert all(c == "\n" or c.isprintable() for c in text)
 
 
-def test_why_tells_facts_and_what_every_rule_does() -> None:
-    check_golden("why_layer3.5.conv3.txt", why(sample.plan(), SITES, "layer3.5.conv3"))
+def test_why_tells_facts_and_what_every_rule_does(golden: Golden) -> None:
+    golden("why_layer3.5.conv3.txt", why(sample.plan(), SITES, "layer3.5.conv3"))
 
 
 def test_why_tells_of_a_site_that_is_replaced() -> None:

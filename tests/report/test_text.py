@@ -8,23 +8,23 @@ from dataclasses import replace
 
 from convrewrite.report import render, render_sites
 from tests.report import sample
-from tests.report.golden import check_golden
+from tests.report.sample import Golden
 
 
-def test_the_report_reads_as_reviewed() -> None:
-    check_golden("report_resnet50.txt", render(sample.report(), "text"))
+def test_the_report_reads_as_reviewed(golden: Golden) -> None:
+    golden("report_resnet50.txt", render(sample.report(), "text"))
 
 
-def test_the_verbose_report_reads_as_reviewed() -> None:
-    check_golden("report_resnet50_verbose.txt", render(sample.report(), "text", verbose=True))
+def test_the_verbose_report_reads_as_reviewed(golden: Golden) -> None:
+    golden("report_resnet50_verbose.txt", render(sample.report(), "text", verbose=True))
 
 
-def test_the_forced_report_reads_as_reviewed() -> None:
-    check_golden("report_forced.txt", render(sample.broken_report(), "text"))
+def test_the_forced_report_reads_as_reviewed(golden: Golden) -> None:
+    golden("report_forced.txt", render(sample.broken_report(), "text"))
 
 
-def test_the_site_table_reads_as_reviewed() -> None:
-    check_golden("sites_resnet50.txt", render_sites(sample.resnet50_sites(), "text"))
+def test_the_site_table_reads_as_reviewed(golden: Golden) -> None:
+    golden("sites_resnet50.txt", render_sites(sample.resnet50_sites(), "text"))
 
 
 def test_a_forced_report_says_so_first_and_last_with_the_broken_law() -> None:

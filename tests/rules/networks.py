@@ -51,7 +51,16 @@ def _bottleneck(stage: int, block: int, blocks: int, channels: int, width: int, 
     one: dict[str, Any] = {"kernel": (1, 1), "role": "pointwise"}
     after = ("batch_norm", "relu")
     sites = [
-        site(f"{path}.conv1", in_channels=channels, out_channels=width, size=big, position=1, precedes=after, **one, **place),
+        site(
+            f"{path}.conv1",
+            in_channels=channels,
+            out_channels=width,
+            size=big,
+            position=1,
+            precedes=after,
+            **one,
+            **place,
+        ),
         site(
             f"{path}.conv2",
             in_channels=width,
@@ -67,16 +76,19 @@ def _bottleneck(stage: int, block: int, blocks: int, channels: int, width: int, 
         site(f"{path}.conv3", in_channels=width, out_channels=out, size=(size, size), position=3, **one, **place),
     ]
     if block == 0:
-        spec = {"kernel": (1, 1), "stride": (stride, stride), "in_channels": channels, "out_channels": out}
+        spec: dict[str, Any] = {
+            "kernel": (1, 1),
+            "stride": (stride, stride),
+            "in_channels": channels,
+            "out_channels": out,
+        }
         sites.append(site(f"{path}.downsample.0", size=big, role="downsample", position=1, **spec, **place))
     return sites
 
 
 def resnext50() -> list[Site]:
     """The same net with 32 groups in every 3x3."""
-    return [
-        replace(s, conv=replace(s.conv, groups=32)) if s.role == "bottleneck_spatial" else s for s in resnet50()
-    ]
+    return [replace(s, conv=replace(s.conv, groups=32)) if s.role == "bottleneck_spatial" else s for s in resnet50()]
 
 
 def ids(sites: Any) -> list[str]:

@@ -383,7 +383,7 @@ def test_matching_changes_nothing_it_is_given() -> None:
 
 
 def test_no_sites_at_all_is_an_unmet_expectation_and_no_crash() -> None:
-    with pytest.raises(RuleError, match="0 sites, expected >=1: 0 convs$"):
+    with pytest.raises(RuleError, match=r"0 sites, expected >=1: 0 convs$"):
         match([], load_rules("acmix"))
 
 

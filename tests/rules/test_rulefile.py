@@ -70,7 +70,9 @@ def test_a_file_with_one_of_everything_loads_with_all_its_values() -> None:
     assert second.insert is not None
     assert (second.action, second.insert.at, second.insert.anchor) == ("insert", "after", "stage")
     assert (second.start, second.shared, second.pick.every) == ("exact", "error", 1)
-    assert file.budget is not None and file.budget.params is not None and file.budget.flops is not None
+    assert file.budget is not None
+    assert file.budget.params is not None
+    assert file.budget.flops is not None
     assert file.budget.params.most(10) == 30e6
     assert file.budget.flops.most(1000) == pytest.approx(1100)
     assert file.where("b") == "late.yaml:21"
@@ -105,84 +107,149 @@ BAD = [
     ("version: '1'\n", ["f.yaml:1: version: '1', wanted 1"]),
     ("version: true\n", ["f.yaml:1: version: 'True', wanted 1"]),
     (RULE + "rule: []\n", ["f.yaml:6: rule: unknown key; did you mean 'rules'?"]),
-    (RULE + "zzzz: 1\n", ["f.yaml:6: zzzz: unknown key; known: version, name, summary, reference, extends, vars, "
-                          "selectors, roles, rules, budget, expect, tests"]),
-    (RULE + "name: a b\n", ["f.yaml:6: name: 'a b' is not allowed here, wanted letters, digits, '_', '.' and '-', "
-                            "at most 80"]),
+    (
+        RULE + "zzzz: 1\n",
+        [
+            "f.yaml:6: zzzz: unknown key; known: version, name, summary, reference, extends, vars, "
+            "selectors, roles, rules, budget, expect, tests"
+        ],
+    ),
+    (
+        RULE + "name: a b\n",
+        ["f.yaml:6: name: 'a b' is not allowed here, wanted letters, digits, '_', '.' and '-', at most 80"],
+    ),
     (RULE + "name: 3\n", ["f.yaml:6: name: 3 is not text; put it in quotes"]),
     (RULE + "vars: [a]\n", ["f.yaml:6: vars: ['a'] is no mapping, wanted keys and values"]),
     (RULE + "vars: {a: [1]}\n", ["f.yaml:6: vars.a: [1] is neither a number nor text"]),
-    (RULE + "vars: {a b: 1}\n", ["f.yaml:6: vars.a b: not a name that expressions can use; write letters, digits "
-                                 "and '_'"]),
-    (RULE + "vars: {if: 1}\n", ["f.yaml:6: vars.if: not a name that expressions can use; write letters, digits and "
-                                "'_'"]),
-    (RULE + "selectors: {x: {}}\n", ["f.yaml:6: selectors.x: an empty selector would match everything; say what to "
-                                     "look for"]),
-    (RULE + "selectors: {x: {use: y}, y: {use: x}}\n", ["f.yaml:6: selectors.x: uses itself: x > y > x",
-                                                       "f.yaml:6: selectors.y: uses itself: y > x > y"]),
-    (RULE + "roles: [{match: {name: a}, role: stm}]\n", ["f.yaml:6: roles[0].role: 'stm' is no role; did you mean "
-                                                         "'stem'?"]),
-    (RULE + "roles: [{match: {}, role: stem}]\n", ["f.yaml:6: roles[0].match: an empty selector would match "
-                                                   "everything; say what to look for"]),
+    (
+        RULE + "vars: {a b: 1}\n",
+        ["f.yaml:6: vars.a b: not a name that expressions can use; write letters, digits and '_'"],
+    ),
+    (
+        RULE + "vars: {if: 1}\n",
+        ["f.yaml:6: vars.if: not a name that expressions can use; write letters, digits and '_'"],
+    ),
+    (
+        RULE + "selectors: {x: {}}\n",
+        ["f.yaml:6: selectors.x: an empty selector would match everything; say what to look for"],
+    ),
+    (
+        RULE + "selectors: {x: {use: y}, y: {use: x}}\n",
+        ["f.yaml:6: selectors.x: uses itself: x > y > x", "f.yaml:6: selectors.y: uses itself: y > x > y"],
+    ),
+    (
+        RULE + "roles: [{match: {name: a}, role: stm}]\n",
+        ["f.yaml:6: roles[0].role: 'stm' is no role; did you mean 'stem'?"],
+    ),
+    (
+        RULE + "roles: [{match: {}, role: stem}]\n",
+        ["f.yaml:6: roles[0].match: an empty selector would match everything; say what to look for"],
+    ),
     (RULE + "roles: [{match: {name: a}}]\n", ["f.yaml:6: roles[0].role: missing"]),
     (RULE + "rules2: x\n", ["f.yaml:6: rules2: unknown key; did you mean 'rules'?"]),
     ("version: 1\nrules: 3\n", ["f.yaml:2: rules: 3 is no list"]),
     ("version: 1\nrules: [3]\n", ["f.yaml:2: rules[0]: 3 is no mapping, wanted keys and values"]),
-    (RULE + "  - {id: a, match: {role: stem}, replace: {block: b}}\n", ["f.yaml:6: rules[1].id: 'a' is rules[0] "
-                                                                        "already"]),
+    (
+        RULE + "  - {id: a, match: {role: stem}, replace: {block: b}}\n",
+        ["f.yaml:6: rules[1].id: 'a' is rules[0] already"],
+    ),
     (RULE + "  - {match: {role: stem}, replace: {block: b}}\n", ["f.yaml:6: rules[1].id: missing"]),
-    (RULE + "  - {id: a/b, match: {role: stem}, replace: {block: b}}\n", ["f.yaml:6: rules[1].id: 'a/b' is not "
-     "allowed here, wanted letters, digits, '_', '.' and '-', at most 80"]),
+    (
+        RULE + "  - {id: a/b, match: {role: stem}, replace: {block: b}}\n",
+        ["f.yaml:6: rules[1].id: 'a/b' is not allowed here, wanted letters, digits, '_', '.' and '-', at most 80"],
+    ),
     (RULE + "  - {id: b, replace: {block: b}}\n", ["f.yaml:6: rules[1].match: missing"]),
-    (RULE + "  - {id: b, match: , replace: {block: b}}\n", ["f.yaml:6: rules[1].match: None is no mapping, wanted "
-                                                            "keys and values"]),
-    (RULE + "  - {id: b, match: {}, replace: {block: b}}\n", ["f.yaml:6: rules[1].match: an empty selector would "
-                                                              "match everything; say what to look for"]),
-    (RULE + "  - {id: b, match: {role: stem}}\n", ["f.yaml:6: rules[1]: wanted exactly one of 'replace' and "
-                                                   "'insert'"]),
-    (RULE + "    insert: {block: b, after: here}\n", ["f.yaml:3: rules[0]: wanted exactly one of 'replace' and "
-                                                      "'insert'"]),
+    (
+        RULE + "  - {id: b, match: , replace: {block: b}}\n",
+        ["f.yaml:6: rules[1].match: None is no mapping, wanted keys and values"],
+    ),
+    (
+        RULE + "  - {id: b, match: {}, replace: {block: b}}\n",
+        ["f.yaml:6: rules[1].match: an empty selector would match everything; say what to look for"],
+    ),
+    (RULE + "  - {id: b, match: {role: stem}}\n", ["f.yaml:6: rules[1]: wanted exactly one of 'replace' and 'insert'"]),
+    (
+        RULE + "    insert: {block: b, after: here}\n",
+        ["f.yaml:3: rules[0]: wanted exactly one of 'replace' and 'insert'"],
+    ),
     (RULE + "  - {id: b, match: {role: stem}, replace: {heads: 3}}\n", ["f.yaml:6: rules[1].replace.block: missing"]),
-    (RULE + "  - {id: b, match: {role: stem}, insert: {block: c}}\n", ["f.yaml:6: rules[1].insert: wanted exactly "
-     "one of 'after' and 'before'; write 'after: here'"]),
-    (RULE + "  - {id: b, match: {role: stem}, insert: {block: c, after: here, before: here}}\n",
-     ["f.yaml:6: rules[1].insert: wanted exactly one of 'after' and 'before'; write 'after: here'"]),
-    (RULE + "  - {id: b, match: {role: stem}, insert: {block: c, before: stage}}\n",
-     ["f.yaml:6: rules[1].insert.before: 'stage', wanted 'here' or 'block'"]),
-    (RULE + "    start: exat\n", ["f.yaml:6: rules[0].start: 'exat', wanted 'exact', 'fitted' or 'fresh'; did you "
-                                  "mean 'exact'?"]),
+    (
+        RULE + "  - {id: b, match: {role: stem}, insert: {block: c}}\n",
+        ["f.yaml:6: rules[1].insert: wanted exactly one of 'after' and 'before'; write 'after: here'"],
+    ),
+    (
+        RULE + "  - {id: b, match: {role: stem}, insert: {block: c, after: here, before: here}}\n",
+        ["f.yaml:6: rules[1].insert: wanted exactly one of 'after' and 'before'; write 'after: here'"],
+    ),
+    (
+        RULE + "  - {id: b, match: {role: stem}, insert: {block: c, before: stage}}\n",
+        ["f.yaml:6: rules[1].insert.before: 'stage', wanted 'here' or 'block'"],
+    ),
+    (
+        RULE + "    start: exat\n",
+        ["f.yaml:6: rules[0].start: 'exat', wanted 'exact', 'fitted' or 'fresh'; did you mean 'exact'?"],
+    ),
     (RULE + "    shared: split\n", ["f.yaml:6: rules[0].shared: 'split', wanted 'error' or 'together'"]),
     (RULE + "    pick: {evry: 2}\n", ["f.yaml:6: rules[0].pick.evry: unknown key; did you mean 'every'?"]),
     (RULE + "    pick: {every: 0}\n", ["f.yaml:6: rules[0].pick.every: 0 is too small, the least is 1"]),
     (RULE + "    pick: {every: two}\n", ["f.yaml:6: rules[0].pick.every: 'two' is no whole number"]),
     (RULE + "    pick: {every: true}\n", ["f.yaml:6: rules[0].pick.every: True is no whole number"]),
     (RULE + "    pick: {per: layer}\n", ["f.yaml:6: rules[0].pick.per: 'layer', wanted 'stage' or 'block'"]),
-    (RULE + "    exclude: {}\n", ["f.yaml:6: rules[0].exclude: an empty selector would match everything; say what to "
-                                  "look for"]),
-    (RULE + "    exclude: [{kernel: 1}, {kernl: 2}]\n", ["f.yaml:6: rules[0].exclude[1].kernl: unknown key; did you "
-                                                         "mean 'kernel'?"]),
+    (
+        RULE + "    exclude: {}\n",
+        ["f.yaml:6: rules[0].exclude: an empty selector would match everything; say what to look for"],
+    ),
+    (
+        RULE + "    exclude: [{kernel: 1}, {kernl: 2}]\n",
+        ["f.yaml:6: rules[0].exclude[1].kernl: unknown key; did you mean 'kernel'?"],
+    ),
     (RULE + "    exclude: x\n", ["f.yaml:6: rules[0].exclude[0]: 'x' is no mapping, wanted keys and values"]),
-    (RULE + "    expect: {sites: many}\n", ["f.yaml:6: rules[0].expect.sites: 'many' is no number of sites; write 16, "
-                                            "'>=1', '2..6' or {min: 2, max: 6}"]),
-    (RULE + "    expect: {sites: {min: 3, max: 2}}\n", ["f.yaml:6: rules[0].expect.sites: {'min': 3, 'max': 2} can "
-                                                        "never be met"]),
-    (RULE + "    expect: {includes: ['re:(']}\n", ["f.yaml:6: rules[0].expect.includes[0]: 're:(' is no regular "
-     "expression: missing ), unterminated subpattern at position 0"]),
-    (RULE + "    limits: {params: 3}\n", ["f.yaml:6: rules[0].limits: unknown key; known: id, title, match, exclude, "
-                                         "pick, replace, insert, start, shared, expect"]),
+    (
+        RULE + "    expect: {sites: many}\n",
+        ["f.yaml:6: rules[0].expect.sites: 'many' is no number of sites; write 16, '>=1', '2..6' or {min: 2, max: 6}"],
+    ),
+    (
+        RULE + "    expect: {sites: {min: 3, max: 2}}\n",
+        ["f.yaml:6: rules[0].expect.sites: {'min': 3, 'max': 2} can never be met"],
+    ),
+    (
+        RULE + "    expect: {includes: ['re:(']}\n",
+        [
+            "f.yaml:6: rules[0].expect.includes[0]: 're:(' is no regular "
+            "expression: missing ), unterminated subpattern at position 0"
+        ],
+    ),
+    (
+        RULE + "    limits: {params: 3}\n",
+        [
+            "f.yaml:6: rules[0].limits: unknown key; known: id, title, match, exclude, "
+            "pick, replace, insert, start, shared, expect"
+        ],
+    ),
     (RULE + "budget: {params: 30Q}\n", ["f.yaml:6: budget.params: '30Q' is no limit; write 30M, '+10%' or {max: 30M}"]),
     (RULE + "budget: {params: 10%}\n", ["f.yaml:6: budget.params: '10%' is no limit; write 30M, '+10%' or {max: 30M}"]),
     (RULE + "budget: {params: +10}\n", []),  # YAML reads a number: an absolute limit
     (RULE + "budget: {latency: 3}\n", ["f.yaml:6: budget.latency: unknown key; known: params, flops, prefer"]),
-    (RULE + "budget: {prefer: size}\n", ["f.yaml:6: budget.prefer: 'size' is not allowed here, wanted flops, params, "
-                                         "area, index, stage or out_channels, with or without '-'"]),
-    (RULE + "tests: [{model: r, sites: {aa: 3}}]\n", ["f.yaml:6: tests[0].sites.aa: no rule of this id; did you mean "
-                                                      "'a'?"]),
-    (RULE + "tests: [{model: r, sites: 3}]\n", ["f.yaml:6: tests[0].sites: 3 says nothing of any rule; write "
-                                                "{rule-id: 16}, or 0 for none at all"]),
+    (
+        RULE + "budget: {prefer: size}\n",
+        [
+            "f.yaml:6: budget.prefer: 'size' is not allowed here, wanted flops, params, "
+            "area, index, stage or out_channels, with or without '-'"
+        ],
+    ),
+    (
+        RULE + "tests: [{model: r, sites: {aa: 3}}]\n",
+        ["f.yaml:6: tests[0].sites.aa: no rule of this id; did you mean 'a'?"],
+    ),
+    (
+        RULE + "tests: [{model: r, sites: 3}]\n",
+        ["f.yaml:6: tests[0].sites: 3 says nothing of any rule; write {rule-id: 16}, or 0 for none at all"],
+    ),
     (RULE + "tests: [{sites: 0}]\n", ["f.yaml:6: tests[0].model: missing"]),
-    (RULE + "extends: gone\n", ["f.yaml:6: extends[0]: no rule file 'gone'; give a path, or one of the built-in "
-                                "files: BUILTIN"]),
+    (
+        RULE + "extends: gone\n",
+        ["f.yaml:6: extends[0]: no rule file 'gone'; give a path, or one of the built-in files: BUILTIN"],
+    ),
 ]
 
 

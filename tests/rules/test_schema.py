@@ -83,13 +83,20 @@ def test_every_match_that_works_is_valid_by_the_schema(match: dict[str, Any]) ->
 
 
 # What only reading the value, or the rest of the file, can tell.
-BEYOND = ("range", "least value", "expression", "unknown name", "unknown variable", "unknown selector", "gives a")
-BEYOND = (*BEYOND, "not part of the language", "is no name", "no whole number", "depthwize", "lst", "empty list")
-
-
-@pytest.mark.parametrize(
-    "match", [m for m, why in WRONG if not any(word in why for word in BEYOND)], ids=repr
+BEYOND = (
+    "range",
+    "can never match",
+    "least value",
+    "expression",
+    "unknown name",
+    "unknown variable",
+    "unknown selector",
+    "gives a",
 )
+BEYOND += ("not part of the language", "is no name", "no whole number", "depthwize", "lst", "empty list")
+
+
+@pytest.mark.parametrize("match", [m for m, why in WRONG if not any(word in why for word in BEYOND)], ids=repr)
 def test_a_match_of_the_wrong_shape_is_wrong_by_the_schema_too(match: dict[str, Any]) -> None:
     assert faults(file_with(match))
 
@@ -98,7 +105,7 @@ SHAPE = re.compile(r"unknown key|missing|no mapping|no list|not text|too small|w
 
 
 @pytest.mark.parametrize(
-    "text", [text for text, lines in BAD if lines and SHAPE.search(lines[0]) and "selectors.x:" not in lines[0]]
+    "text", [text for text, lines in BAD if lines and SHAPE.search(lines[0]) and "regular expr" not in lines[0]]
 )
 def test_a_file_of_the_wrong_shape_is_wrong_by_the_schema_too(text: str) -> None:
     assert faults(yaml.safe_load(text))

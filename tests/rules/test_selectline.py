@@ -98,9 +98,7 @@ def test_a_match_that_no_line_can_say_is_refused(match: dict[str, Any]) -> None:
 NAMES = st.text(st.characters(codec="ascii", categories=("L", "N", "P", "S", "Zs")), min_size=1, max_size=12).filter(
     lambda text: text == text.strip()
 )
-NUMBERS = st.one_of(
-    st.integers(1, 99), st.sampled_from(["3..4", ">=2", "<=9", "!=3", ">1", "<5"])
-)
+NUMBERS = st.one_of(st.integers(1, 99), st.sampled_from(["3..4", ">=2", "<=9", "!=3", ">1", "<5"]))
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "role": st.sampled_from(ROLES),
     "kernel": NUMBERS,
@@ -120,7 +118,7 @@ MATCHES = st.fixed_dictionaries({}, optional={key: _match_part(key) for key in V
 NEGATED = st.sampled_from(sorted(VALUES)).flatmap(lambda key: st.fixed_dictionaries({key: _match_part(key)}))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(match=MATCHES, negated=st.lists(NEGATED, max_size=3))
 def test_every_flat_match_reads_back_from_its_line(match: dict[str, Any], negated: list[dict[str, Any]]) -> None:
     if negated:
@@ -128,10 +126,12 @@ def test_every_flat_match_reads_back_from_its_line(match: dict[str, Any], negate
     assert parse(to_line(match)) == match
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(line=st.one_of(st.text(max_size=40), st.text('role:stem,kernel|"\\()[]{}not 3<>=.*', max_size=40)))
 def test_any_text_is_a_match_or_one_line_of_error(line: str) -> None:
+    told = ""
     try:
         select(resnet50()[:3], parse(line))
     except RuleError as error:
-        assert all(part.startswith("--select") for part in str(error).splitlines())
+        told = str(error)
+    assert all(part.startswith("--select") and part.isprintable() for part in told.split("\n") if told)

@@ -190,9 +190,7 @@ ODD = {
         ("alone", {"follows": "relu"}, False),
     ],
 )
-def test_odd_convolutions_match_what_they_are_and_nothing_else(
-    which: str, match: dict[str, Any], wanted: bool
-) -> None:
+def test_odd_convolutions_match_what_they_are_and_nothing_else(which: str, match: dict[str, Any], wanted: bool) -> None:
     assert fits(ODD[which], **match) is wanted
 
 
@@ -221,9 +219,7 @@ def test_odd_convolutions_match_what_they_are_and_nothing_else(
         (NET[2], {"any": [{"kernel": 5}, {"stage": 2}]}, "kernel 3x3, wanted 5 and stage 1, wanted 2"),
     ],
 )
-def test_the_reason_names_the_value_seen_and_the_value_wanted(
-    one: Site, match: dict[str, Any], wanted: str
-) -> None:
+def test_the_reason_names_the_value_seen_and_the_value_wanted(one: Site, match: dict[str, Any], wanted: str) -> None:
     context = [one] if one not in NET else NET
     refused = {r.site.id: r.reason for r in select(context, match)[1]}
     assert refused[one.id] == wanted

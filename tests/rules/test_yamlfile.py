@@ -12,7 +12,9 @@ from convrewrite.yamlfile import Problems, dotted, load, read
 
 
 def test_every_key_and_list_item_has_the_line_it_stands_on() -> None:
-    data, lines = load("version: 1\n\nrules:\n  - id: a\n    match: {role: stem,\n            kernel: 3}\n  - id: b\n", "f")
+    data, lines = load(
+        "version: 1\n\nrules:\n  - id: a\n    match: {role: stem,\n            kernel: 3}\n  - id: b\n", "f"
+    )
     assert data == {"version": 1, "rules": [{"id": "a", "match": {"role": "stem", "kernel": 3}}, {"id": "b"}]}
     wanted = {
         (): 1,
@@ -82,7 +84,10 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 
         ("a: 1\non: 2\n", "f:2: 'on' is not text"),
         ("? [a]\n: b\n", "f:1: a list or mapping is not text"),
         ("~: b\n", "f:1: '~' is not text"),
-        ("a: !!python/object/apply:os.system ['ls']\n", "f:1: the tag 'tag:yaml.org,2002:python/object/apply:os.system'"),
+        (
+            "a: !!python/object/apply:os.system ['ls']\n",
+            "f:1: the tag 'tag:yaml.org,2002:python/object/apply:os.system'",
+        ),
         ("a: !thing 3\n", "f:1: the tag '!thing' is not supported"),
         ("a: !!set {b}\n", "is not supported"),
         ("a: !!binary aGk=\n", "is not supported"),
