@@ -232,7 +232,7 @@ def check_target(folder: str | Path, *, overwrite: bool) -> None:
     names = {path.name for path in place.iterdir()} if place.exists() else set()
     if not names:
         return
-    foreign = sorted(names - {_TENSORS, _RECIPE, _PLAN, *_REPORTS})
+    foreign = sorted(names - {_TENSORS, _RECIPE, _PLAN, *_REPORTS} - _written(place))
     if foreign or _RECIPE not in names:
         held = f"holds '{foreign[0]}'" if foreign else "is not empty"
         raise StoreError(f"the folder {held}, which convrewrite did not write", where=str(place), fix="name another")

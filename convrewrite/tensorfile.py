@@ -31,12 +31,12 @@ def write_tensors(model: nn.Module, path: Path) -> None:
     """
     from safetensors.torch import save_file
 
-    aliases = shared_tensors(model)
+    aliases = shared_tensors(model)  # the only metadata: the order of several would differ from run to run
     tensors = {key: _writable(key, value) for key, value in _state(model).items() if key not in aliases}
     path.touch()
     mode = path.stat().st_mode  # safetensors makes its files private; this one is as readable as its neighbours
     try:
-        save_file(tensors, path, metadata={"format": "pt", "aliases": json.dumps(aliases, sort_keys=True)})
+        save_file(tensors, path, metadata={"aliases": json.dumps(aliases, sort_keys=True)})
     except (KeyError, ValueError, RuntimeError) as error:
         raise StoreError(f"a tensor cannot be written: {error}".splitlines()[0], where=str(path)) from error
     path.chmod(mode)
@@ -78,6 +78,8 @@ def put_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             shapes = f"{tuple(tensors[key].shape)} in the file, {tuple(state[key].shape)} in the model"
             raise StoreError(f"tensor '{key}' is {shapes}")
     for key, value in state.items():
+        if 0 in value.stride() and value.numel() > 1:  # expanded: several elements in one place cannot be written
+            value.data = value.data.contiguous()
         if value.dtype != tensors[key].dtype:
             value.data = value.data.to(tensors[key].dtype)
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import warnings
@@ -28,7 +29,7 @@ _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
 def is_file(weights: str) -> bool:
     """True if `weights` is the path of a file rather than a name of weights in a zoo."""
     path = Path(weights)
-    return path.suffix.lower() in _SUFFIXES or len(path.parts) > 1 or path.is_file()
+    return path.suffix.lower() in _SUFFIXES or "/" in weights or os.sep in weights or path.is_file()
 
 
 def load_weights(model: nn.Module, spec: str, source: Source) -> None:

@@ -10,8 +10,8 @@ from convrewrite.report import render_diff
 
 
 def main() -> None:
-    shape = (1, 3, 64, 64)
-    before = torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1])
+    shape = (1, 3, 32, 32)
+    before = torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1], width_per_group=16)
     after = cr.rewrite(before, "acmix", start="fresh", example=shape).model
     views = [
         view_of(model, cr.inspect(model, example=shape), name)

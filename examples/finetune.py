@@ -27,7 +27,9 @@ def main() -> None:
     data = torchvision.datasets.FakeData(
         4 * STEPS, image_size=(3, 32, 32), num_classes=4, transform=to_tensor, random_offset=1
     )
-    original = torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1], num_classes=4)
+    original = torchvision.models.ResNet(
+        torchvision.models.resnet.Bottleneck, [1, 1, 1, 1], width_per_group=16, num_classes=4
+    )
     model, report = cr.rewrite(original, "acmix", example=(1, 3, 32, 32))
     print("drift at start:", max(drift.max_relative for drift in report.drift))
 

@@ -1,7 +1,7 @@
 """A block of your own, registered in one file and used by a rule like any other.
 
-As a command: ``convrewrite plan examples/own_block.py:network --rules examples/own_block.yaml --input 1x3x32x32``. The block
-is known because the file that builds the model registers it.
+As a command: ``convrewrite plan examples/own_block.py:network --rules examples/own_block.yaml --input 1x3x32x32``.
+The block is known there because the file that builds the model registers it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class Gate(cr.Block):
         n, c, h, w = place.in_shape
         inner = c // options.reduction
         size = FLOAT_BYTES * n * c * h * w
-        return cr.Cost(params=2 * c * inner + inner + c, flops=4 * n * c * inner, act_infer=2 * size, act_train=2 * size)
+        params = 2 * c * inner + inner + c
+        return cr.Cost(params=params, flops=4 * n * c * inner, act_infer=2 * size, act_train=2 * size)
 
     def forward(self, x: Tensor) -> Tensor:
         context = x.mean(dim=(2, 3))  # (B, C)

@@ -18,9 +18,9 @@ def freeze_carried(work: Work) -> None:
 
 
 def main() -> None:
-    model = torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1])
+    model = torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1], width_per_group=16)
     freeze = cr.Pass("freeze", freeze_carried, requires=("edited", "tensors"), after="transfer")
-    new, report = cr.rewrite(model, "acmix", example=(1, 3, 64, 64), passes=[freeze])
+    new, report = cr.rewrite(model, "acmix", example=(1, 3, 32, 32), passes=[freeze])
     print("passes:", " ".join(report.timings))
     print("note:", report.notes[0])
     trainable = sum(p.numel() for p in new.parameters() if p.requires_grad)

@@ -10,8 +10,8 @@ from convrewrite.report import render_plan, why
 
 
 def main() -> None:
-    # Two bottlenecks a stage and random weights keep this quick; resnet50(weights="DEFAULT") goes the same way.
-    model = torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [2, 2, 2, 2]).eval()
+    # One bottleneck a stage and random weights keep this quick; resnet50(weights="DEFAULT") goes the same way.
+    model = torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1]).eval()
     shape = (1, 3, 64, 64)
 
     sites = cr.inspect(model, example=shape)

@@ -13,18 +13,18 @@ import convrewrite as cr
 
 def network() -> torchvision.models.ResNet:
     """The original; loading builds it again."""
-    return torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1])
+    return torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1], width_per_group=16)
 
 
 def main() -> None:
-    new, report = cr.rewrite(network(), "acmix", example=(1, 3, 64, 64))
+    new, report = cr.rewrite(network(), "acmix", example=(1, 3, 32, 32))
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "small-acmix"
         cr.save(new, folder, report=report)
         print("files:", " ".join(sorted(path.name for path in folder.iterdir())))
         # A torchvision or timm model by name needs no base; this one was made by hand.
         again = cr.load(folder, base=network)
-    image = torch.randn(2, 3, 64, 64)
+    image = torch.randn(2, 3, 32, 32)
     print("same output, bit for bit:", torch.equal(new.eval()(image), again.eval()(image)))
 
 

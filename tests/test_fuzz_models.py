@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from torch import nn
 
 import convrewrite as cr
@@ -30,7 +30,9 @@ def check(model: nn.Module, shape: tuple[int, ...], rules: dict[str, Any]) -> No
             warnings.filterwarnings("ignore", message="Using padding='same' with even kernel")
             new, report = cr.rewrite(model, rules, example=shape)
     except ConvrewriteError as error:
-        assert len(str(error).splitlines()) == 1, str(error)
+        lines = str(error).splitlines()  # one per problem
+        assert len(set(lines)) == len(lines) <= 40, str(error)
+        assert all(": " in line and len(line) < 500 for line in lines), str(error)
     else:
         assert report.ok
         assert type(new) is type(model) or isinstance(new, torch.fx.GraphModule)
@@ -44,7 +46,7 @@ def check(model: nn.Module, shape: tuple[int, ...], rules: dict[str, Any]) -> No
     assert torch.equal(random, torch.get_rng_state())
 
 
-@settings(max_examples=25, derandomize=True, **COMMON)
+@settings(max_examples=25, derandomize=True, phases=[Phase.generate], **COMMON)
 @given(networks(), rule_sets())
 def test_random_networks_are_rewritten_or_refused_in_one_line(
     network: tuple[nn.Module, tuple[int, ...]], rules: dict[str, Any]
@@ -53,7 +55,7 @@ def test_random_networks_are_rewritten_or_refused_in_one_line(
 
 
 @pytest.mark.slow
-@settings(max_examples=300, **COMMON)
+@settings(max_examples=300, phases=[Phase.generate], **COMMON)
 @given(networks(), rule_sets())
 def test_many_random_networks_are_rewritten_or_refused_in_one_line(
     network: tuple[nn.Module, tuple[int, ...]], rules: dict[str, Any]

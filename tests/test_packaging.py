@@ -105,7 +105,9 @@ def test_the_wheel_carries_every_module_rule_file_and_the_command(built: Path) -
         (entry_points,) = (n for n in names if n.endswith("entry_points.txt"))
         assert "convrewrite = convrewrite.cli.main:main" in archive.read(entry_points).decode()
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "convrewrite").rglob("*.py")}
-    modules |= {f"convrewrite/{p.relative_to(ROOT).as_posix()}" for f in ("cli", "rules") for p in (ROOT / f).rglob("*.py")}
+    modules |= {
+        f"convrewrite/{p.relative_to(ROOT).as_posix()}" for f in ("cli", "rules") for p in (ROOT / f).rglob("*.py")
+    }
     assert modules <= names
     assert _data_files() <= names
     assert any(n.startswith("convrewrite/rules/") and n.endswith(".yaml") for n in names)

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from convrewrite.errors import SourceError
+from convrewrite.errors import ConvrewriteError, SourceError
 from convrewrite.identity import identity
 from convrewrite.sources import parse_input, rebuild, recognise, resolve
 from convrewrite.sources.base import SOURCES, Request
@@ -66,7 +66,7 @@ def factories(tmp_path: Path) -> str:
     return str(path)
 
 
-# --- names -----------------------------------------------------------------------------------------------------
+# --- names ---
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_saved_folder_with_a_name_of_the_zoo_has_to_be_told_apart(
         resolve("resnet18", meta=True)
 
 
-# --- the input ---------------------------------------------------------------------------------------------------
+# --- the input ---
 
 
 @pytest.mark.parametrize(
@@ -170,20 +170,21 @@ def test_an_input_shape_reads_back(shape: tuple[int, ...]) -> None:
 @given(st.text(alphabet="0123x,-. ²", max_size=14) | st.text(max_size=14))
 def test_any_other_text_is_refused_in_one_line(text: str) -> None:
     parts = text.strip().replace("X", "x").replace(",", "x").split("x")
-    fine = len(parts) == 4 and all(p.isascii() and p.isdigit() and 0 < int(p) < 2**31 for p in parts)
-    try:
-        assert fine or parse_input(text) is None
-    except SourceError as error:
-        assert "is no input shape" in str(error)
+    if len(parts) == 4 and all(p.isascii() and p.isdigit() and 0 < int(p) < 2**31 for p in parts):
+        return
+    with pytest.raises(SourceError, match="is no input shape"):
+        parse_input(text)
 
 
-@pytest.mark.parametrize("value", ["0x3x8x8", "3x224x224", "1x3x224x-1", (1, 3, 8), (1, 3, 8, 8.0), (1, 3, 8, True), ()])
+@pytest.mark.parametrize(
+    "value", ["0x3x8x8", "3x224x224", "1x3x224x-1", (1, 3, 8), (1, 3, 8, 8.0), (1, 3, 8, True), ()]
+)
 def test_an_impossible_shape_is_refused(value: Any) -> None:
     with pytest.raises(SourceError, match="1x3x224x224"):
         parse_input(value)
 
 
-# --- building ----------------------------------------------------------------------------------------------------
+# --- building ---
 
 
 def test_the_seed_fixes_the_weights_and_leaves_the_random_state() -> None:
@@ -194,14 +195,14 @@ def test_the_seed_fixes_the_weights_and_leaves_the_random_state() -> None:
     assert not all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "googlenet", "inception_v3", "regnet_y_400mf", "fcn_resnet50"])
+@pytest.mark.parametrize("name", ["resnet18", "googlenet", "regnet_x_400mf", "lraspp_mobilenet_v3_large"])
 def test_meta_and_real_builds_are_the_same_architecture_and_what_torchvision_builds(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # GoogLeNet and Inception warn when they are not told how to start
         meta = resolve(name, meta=True).model
     assert {t.device.type for t in (*meta.parameters(), *meta.buffers())} == {"meta"}
     extra = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
-    extra |= {"weights_backbone": None} if name.startswith("fcn") else {}
+    extra |= {"weights_backbone": None} if name.startswith("lraspp") else {}
     expected = torchvision.models.get_model(name, weights=None, **extra)
     assert identity(meta) == identity(resolve(name).model) == identity(expected)
     assert meta.training
@@ -251,12 +252,12 @@ def test_a_recipe_builds_the_same_architecture(spec: str) -> None:
     ],
 )
 def test_a_damaged_recipe_is_one_line(recipe: Any) -> None:
-    with pytest.raises(SourceError) as caught:
+    with pytest.raises(ConvrewriteError) as caught:
         rebuild(recipe)
     assert "\n" not in str(caught.value)
 
 
-# --- factories ---------------------------------------------------------------------------------------------------
+# --- factories ---
 
 
 def test_a_factory_in_a_file_is_called(factories: str) -> None:
@@ -316,23 +317,22 @@ def test_a_file_that_cannot_be_run_is_one_line(tmp_path: Path) -> None:
         resolve(f"{tmp_path}/bad.py:f")
 
 
-# --- recognising -------------------------------------------------------------------------------------------------
+# --- recognising ---
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
     [
         ("resnet18", {}),
-        ("resnext50_32x4d", {"num_classes": 10}),
+        ("shufflenet_v2_x1_0", {"num_classes": 10}),
         ("squeezenet1_1", {"num_classes": 3}),  # its head is a convolution
         ("inception_v3", {"transform_input": True, "init_weights": False}),
         ("googlenet", {"aux_logits": False, "init_weights": False}),
-        ("regnet_x_400mf", {"num_classes": 2}),
         ("mobilenet_v3_small", {}),
     ],
 )
 def test_a_torchvision_model_is_recognised(name: str, options: dict[str, Any]) -> None:
-    with torch.device("cpu" if "regnet" in name else "meta"):
+    with torch.device("meta"):
         model = torchvision.models.get_model(name, weights=None, **options)
     recipe = recognise(model, identity(model))
     assert recipe is not None
@@ -358,13 +358,14 @@ def test_what_cannot_be_built_again_is_not_recognised() -> None:
     class Local(nn.Module):
         pass
 
-    changed = torchvision.models.resnet18()
-    changed.fc = nn.Sequential(changed.fc)
+    with torch.device("meta"):
+        changed = torchvision.models.alexnet()
+    changed.classifier = nn.Sequential(changed.classifier)
     for model in (Local(), Residual(classes=9), changed):
         assert recognise(model, identity(model)) is None
 
 
-# --- zoo weights change what is built ------------------------------------------------------------------------------
+# --- zoo weights change what is built ---
 
 
 @pytest.mark.parametrize("name", ["resnet18", "googlenet", "inception_v3", "densenet121", "vit_b_16", "fcn_resnet50"])
@@ -423,9 +424,13 @@ def test_the_default_weights_of_timm_fix_the_tag_in_the_recipe() -> None:
 
 
 def test_every_kind_answers_every_question() -> None:
-    for _, kind in SOURCES.items():
+    class Net(nn.Module):
+        pass
+
+    for name in SOURCES.names():
+        kind = SOURCES.get(name)
         assert isinstance(kind.order, int)
         assert kind.find("certainly no model") is None
-        assert list(kind.recognise(nn.Identity())) == []
+        assert list(kind.recognise(Net())) == []
         assert all(isinstance(name, str) for name in kind.names())
     assert Request().weights is None

@@ -18,8 +18,12 @@ from . import copyblock  # noqa: F401 - registers the blocks
 
 pytestmark = [pytest.mark.zoo, pytest.mark.filterwarnings("ignore")]
 
-MODELS = torchvision.models.list_models(module=torchvision.models)
-SIZES = {"inception_v3": 128, "vit_h_14": 518, "maxvit_t": 224}
+BIG = ("regnet_y_128gf", "vit_h_14", "vit_l_16", "vit_l_32", "convnext_large", "vgg", "efficientnet_b7", "efficientnet_v2_l")
+MODELS = [
+    pytest.param(name, marks=pytest.mark.big) if name.startswith(BIG) else name
+    for name in torchvision.models.list_models(module=torchvision.models)
+]
+SIZES = {"inception_v3": 299, "maxvit_t": 224}
 FIXED = ("vit_", "swin", "maxvit")
 COPY = {
     "version": 1,

@@ -65,7 +65,10 @@ class SASA(Block):
 
     FLOPs (2 per multiply-add; of the sums above, without the masked-out keys of tiles; softmax, pooling and
     elementwise work are not counted):
-        B HW 6 C_in C_out + B Q C_out (4 k^2 + 2 k)      without 2 k unless relative
+        B HW 6 C_in C_out + B Q C_out 6 k^2      4 k^2 in place of 6 k^2 unless relative
+
+    q . r counts for each of the k^2 offsets, as the equation has it and as the paper's 7.0 GFLOPs for ResNet-50
+    need it (6.97 by this formula), although it runs here as rows plus columns, which is 2 k and not 2 k^2.
 
     Reference:
         Ramachandran et al. 2019, arXiv 1906.05909, equations 2 and 3; our o is (a - i, b - j). The text groups the
@@ -82,12 +85,12 @@ class SASA(Block):
 
     Options = SASAOptions
     paper = "Ramachandran et al. 2019, arXiv 1906.05909"
+    options: SASAOptions
 
     def __init__(self, place: Place, options: SASAOptions) -> None:
         super().__init__(place, options)
         assert place.conv is not None  # refuse() said so
         self.spec = place.conv
-        self.options = options
         self.head_dim = self.out_channels // options.heads
         self.qkv = nn.Conv2d(self.in_channels, 3 * self.out_channels, 1, bias=False)
         self.row_embedding: nn.Parameter | None = None
@@ -164,7 +167,7 @@ class SASA(Block):
         positions, queries = grid.y.size * grid.x.size, grid.y.count * grid.x.count
         tables = heads if options.embeddings == "per_head" else 1
         flops = batch * positions * 6 * c_in * c_out
-        flops += batch * queries * c_out * (4 * window**2 + (2 * window if relative else 0))
+        flops += batch * queries * c_out * (6 if relative else 4) * window**2
         infer, train = _activations(grid, options, c_out)
         return Cost(
             params=3 * c_in * c_out + (tables * window * (c_out // heads) if relative else 0),
@@ -176,7 +179,37 @@ class SASA(Block):
 
 def _activations(grid: PooledGrid, options: SASAOptions, channels: int) -> tuple[int, int]:
     """Elements alive at once in inference and kept for the backward pass, for one image."""
-    raise NotImplementedError
+    relative, heads = options.position == "relative", options.heads
+    y, x = grid.y, grid.x
+    projected, queries = 3 * channels * y.size * x.size, channels * y.count * x.count
+    pooled = queries if grid.stride != (1, 1) else 0
+    placed = channels * y.size * x.size if options.position == "absolute" else 0  # k + p
+    padded = 0  # k and v with zeros around them
+    if options.border == "zero":
+        y, x = _with_border(y), _with_border(x)
+        padded = 2 * channels * y.size * x.size
+    tiles, tile_queries, tile_keys = tile_counts(y, x)
+    if tiles == 1 and not relative:  # attention reads q, k, v where they are
+        beside = queries + heads * tile_queries + tile_queries * tile_keys
+        kept = projected if padded == 0 else projected + padded
+        return projected + placed + padded + beside, kept + placed * (padded == 0) + pooled + beside
+    width = channels // heads
+    if relative:  # always tiles, and one more channel for each row and column of a tile's keys
+        y, x = y.tiled(), x.tiled()
+        tiles, tile_queries, tile_keys = y.tiles * x.tiles, y.tile * x.tile, y.extent * x.extent
+        width += y.extent + x.extent
+    tiled = tiles * heads * width * 2 * (tile_queries + tile_keys)  # q, k, v and the output
+    masks = tile_queries * tile_keys * (tiles if options.border == "masked" else 1)
+    sums = tiles * heads * tile_queries  # of the softmax
+    narrow = tiles * channels * tile_keys if relative else 0  # v before it is padded to the width of k
+    kept = projected if relative else 0
+    return projected + placed + padded + tiled + masks + sums + narrow, tiled + masks + sums + kept + pooled
+
+
+def _with_border(axis: Axis) -> Axis:
+    """The axis with the zeros that its windows reach."""
+    before, after = (max(0, amount) for amount in axis.padding)
+    return replace(axis, size=axis.size + before + after, start=axis.start + before)
 
 
 def sinusoids(height: int, width: int, channels: int, like: Tensor) -> Tensor:

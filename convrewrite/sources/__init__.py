@@ -111,6 +111,7 @@ def recognise(model: nn.Module, wanted: str) -> Recipe | None:
         model: the model, or what a rewrite made of it (a rewrite keeps the class).
         wanted: identity of the architecture before it was rewritten.
     """
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)  # converted before the rewrite
     for name, kind in sorted(SOURCES.items(), key=lambda item: item[1].order):
         for candidate in kind.recognise(model):
             recipe = {"kind": name, **candidate}
@@ -120,7 +121,7 @@ def recognise(model: nn.Module, wanted: str) -> Recipe | None:
                     built = rebuild(recipe, meta=True)
             except SourceError:
                 continue  # options that this builder does not take
-            if identity(built) == wanted:
+            if identity(built) == wanted or (dtype and identity(built.to(dtype)) == wanted):
                 return recipe
     return None
 
@@ -169,7 +170,7 @@ def _find(spec: str) -> tuple[str, SourceKind, str]:
 
 def _unknown(spec: str, known: list[str]) -> SourceError:
     path = Path(spec)
-    if path.is_dir():
+    if spec and path.is_dir():
         return SourceError("this folder holds no saved model (no recipe.json)", where=spec)
     if path.suffix == ".py":
         return SourceError("a file needs the name of a factory", where=spec, fix=f"write '{spec}:function'")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from convrewrite.errors import SourceError, closest
 from convrewrite.sites import Shape
 from convrewrite.sources.base import SOURCES, Recipe, Request, default_example, head_mismatch
+from convrewrite.weights import is_file
 
 _PREFIX = "timm:"
 
@@ -25,7 +26,7 @@ class Timm:
         asked_for = spec.startswith(_PREFIX)
         name = spec.removeprefix(_PREFIX)
         architecture, _, tag = name.partition(".")
-        if not asked_for and not (architecture.isidentifier() and architecture in self.names()):
+        if not asked_for and (is_file(spec) or not architecture.isidentifier() or architecture not in self.names()):
             return None
         _require()
         if architecture not in self.names():

@@ -14,6 +14,7 @@ from convrewrite.sites import Shape
 from convrewrite.sources.base import SOURCES, Recipe, Request, default_example, head_mismatch
 
 _PREFIX = "torchvision:"
+_CLASSES = 1000  # what its classifiers are built with when not told
 
 
 class Torchvision:
@@ -67,13 +68,14 @@ class Torchvision:
 
     def recognise(self, model: nn.Module) -> Iterator[Recipe]:
         options = {key: getattr(model, key) for key in ("transform_input", "aux_logits") if hasattr(model, key)}
-        heads = [m.out_features for m in model.modules() if isinstance(m, nn.Linear)][-1:]
-        heads += [m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)][-1:]
+        classes = [m.out_features for m in model.modules() if isinstance(m, nn.Linear)][-1:]
+        if not classes:  # a convolution is the head, unless the rewrite took it
+            classes = [*[m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)][-1:], _CLASSES]
         for name in self.names():
             if _builder(name).__module__ == type(model).__module__:
-                yield {"name": name, "options": options}
-                for classes in heads:
-                    yield {"name": name, "options": {**options, "num_classes": classes}}
+                for number in classes:
+                    head = {} if number == _CLASSES else {"num_classes": number}
+                    yield {"name": name, "options": options | head}
 
 
 @cache

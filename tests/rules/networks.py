@@ -12,10 +12,17 @@ RESNET50_BLOCKS = (3, 4, 6, 3)
 
 def site(path: str, index: int = 0, **facts: Any) -> Site:
     """A 3x3 convolution 64 -> 64 on 56 x 56 with stride 1, unless `facts` say otherwise."""
-    spec = {"in_channels": 64, "out_channels": 64, "kernel": (3, 3), "stride": (1, 1), "dilation": (1, 1), "groups": 1}
+    spec: dict[str, Any] = {
+        "in_channels": 64,
+        "out_channels": 64,
+        "kernel": (3, 3),
+        "stride": (1, 1),
+        "dilation": (1, 1),
+        "groups": 1,
+    }
     spec = {key: facts.pop(key, value) for key, value in spec.items()}
     size = facts.pop("size", (56, 56))
-    conv = ConvSpec(**spec, padding=(spec["kernel"][1] // 2,) * 2 + (spec["kernel"][0] // 2,) * 2)  # type: ignore[arg-type]
+    conv = ConvSpec(**spec, padding=(spec["kernel"][1] // 2,) * 2 + (spec["kernel"][0] // 2,) * 2)
     out = conv.out_size(*size)
     cost = Cost(params=conv.params, flops=conv.flops(1, *out))
     shapes = {"in_shape": (1, conv.in_channels, *size), "out_shape": (1, conv.out_channels, *out)}
@@ -37,7 +44,7 @@ def resnet50() -> list[Site]:
 
 def _bottleneck(stage: int, block: int, blocks: int, channels: int, width: int, size: int, stride: int) -> list[Site]:
     path = f"layer{stage}.{block}"
-    place = {
+    place: dict[str, Any] = {
         "stage": stage,
         "stage_from_end": 5 - stage,
         "block": block,

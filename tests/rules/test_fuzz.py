@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import re
 from typing import Any
 
@@ -16,7 +18,7 @@ from convrewrite.expressions import MAX_MAGNITUDE, parse
 from convrewrite.facts import FACTS, site_facts
 from convrewrite.match import correct_roles, match, search
 from convrewrite.rulefile import load_rules, parse_rules
-from convrewrite.ruleschema import Expect, Insert, Pick, Rule, RuleFile
+from convrewrite.ruleschema import RuleFile
 from convrewrite.selectors import SELECTORS
 from convrewrite.sites import ROLES
 from convrewrite.yamlfile import load
@@ -95,7 +97,7 @@ YAML_TEXT = st.one_of(
 )
 
 
-@settings(QUICK, max_examples=600)
+@settings(QUICK, max_examples=300)
 @given(text=YAML_TEXT)
 def test_any_text_is_a_mapping_or_one_line_of_error(text: str) -> None:
     try:
@@ -139,7 +141,7 @@ def test_a_good_file_with_some_characters_changed_loads_or_is_told_by_line(at: i
         one_line_each(error, r"f\.yaml")
 
 
-# --- rule files: mostly right keys, values from right to absurd
+# --- rule files: sound ones, and sound ones with some parts replaced by nonsense
 
 SCALARS = st.one_of(
     st.none(),
@@ -158,7 +160,7 @@ ABSURD = st.recursive(
     ),
     max_leaves=6,
 )
-GOOD_VALUES: dict[str, st.SearchStrategy[Any]] = {
+WORDY: dict[str, st.SearchStrategy[Any]] = {
     "role": st.sampled_from(ROLES),
     "op": st.sampled_from(["conv2d", "conv1d"]),
     "groups": st.sampled_from([1, 32, "depthwise", ">1"]),
@@ -171,77 +173,88 @@ GOOD_VALUES: dict[str, st.SearchStrategy[Any]] = {
     "use": st.sampled_from(["late", ["late", "late"]]),
 }
 NUMBERS = st.sampled_from([1, 3, [1, 3], "1..3", ">=2", "<=2", "!=1", 64])
-VALUES = {name: GOOD_VALUES.get(name, NUMBERS) for name in (*SELECTORS.names(), "use")}
+VALUES = {name: WORDY.get(name, NUMBERS) for name in (*SELECTORS.names(), "use")}
 
 
-def _selector_part(name: str, inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    good = VALUES.get(name, st.one_of(inner, st.lists(inner, min_size=1, max_size=2)))
-    return st.one_of(good, good, good, good, good, good, good, ABSURD)
+def _grown_match(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    nested = st.one_of(inner, st.lists(inner, min_size=1, max_size=2))
+    keys = st.lists(st.sampled_from([*VALUES, *WORDS]), min_size=1, max_size=3, unique=True)
+    return keys.flatmap(lambda names: st.fixed_dictionaries({name: VALUES.get(name, nested) for name in names}))
 
 
-def _matches(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    keys = st.lists(st.sampled_from([*SELECTORS.names(), *WORDS] * 4 + ["kernal"]), max_size=3, unique=True)
-    return keys.flatmap(lambda names: st.fixed_dictionaries({name: _selector_part(name, inner) for name in names}))
-
-
-MATCH = st.recursive(st.just({"kernel": 3}), _matches, max_leaves=4)
-
-
-def _shape(model: Any, **known: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Some of the model's keys, with known values or absurd ones."""
-    optional = {name: known.get(name, st.one_of(st.nothing(), ABSURD)) for name in model.model_fields}
-    return st.fixed_dictionaries({}, optional=optional)
-
-
-COUNT = st.sampled_from([0, 1, 16, ">=0", ">=1", "<=4", "1..3", {"min": 1}])
-PICK = st.one_of(
-    st.fixed_dictionaries(
-        {},
-        optional={
-            "every": st.integers(1, 4),
-            "offset": st.integers(0, 3),
-            "first": st.integers(1, 3),
-            "last": st.integers(1, 3),
-            "limit": st.integers(1, 5),
-            "per": st.sampled_from(["stage", "block"]),
-        },
-    ),
-    _shape(Pick),
+LEAF = st.sampled_from([{"kernel": 3}, {"kernel": 1}, {"stage": ">=1"}, {"role": "bottleneck_spatial"}])
+MATCH = st.recursive(LEAF, _grown_match, max_leaves=4)
+COUNT = st.sampled_from([">=0", ">=0", ">=0", 0, 1, ">=1", "<=4", "1..3", {"min": 1}])
+PICK = {
+    "every": st.integers(1, 4),
+    "offset": st.integers(0, 3),
+    "first": st.integers(1, 3),
+    "last": st.integers(1, 3),
+    "limit": st.integers(1, 5),
+    "per": st.sampled_from(["stage", "block"]),
+}
+ACTION = st.sampled_from(
+    [
+        *[{"replace": {"block": "b", "heads": "h // 2"}}] * 3,
+        {"insert": {"block": "b", "after": "here"}},
+        {"insert": {"block": "b", "after": "stage"}},
+        {"insert": {"block": "b", "before": "block"}},
+    ]
 )
-ANCHOR = st.sampled_from([{"after": "here"}, {"after": "block"}, {"after": "stage"}, {"before": "block"}])
-GOOD_RULE = st.fixed_dictionaries(
-    {"id": st.sampled_from("abcdef"), "match": MATCH},
+RULE_PARTS = st.fixed_dictionaries(
+    {"match": MATCH, "expect": st.fixed_dictionaries({"sites": COUNT})},
     optional={
         "exclude": st.one_of(MATCH, st.lists(MATCH, min_size=1, max_size=2)),
-        "pick": PICK,
-        "shared": st.sampled_from(["error", "together"]),
-        "expect": st.fixed_dictionaries({}, optional={"sites": COUNT, "stages": st.lists(st.integers(0, 4))}),
+        "pick": st.fixed_dictionaries({}, optional=PICK),
+        "shared": st.sampled_from(["together", "together", "error"]),
         "start": st.sampled_from(["exact", "fitted", "fresh"]),
     },
 )
-
-
-def _acting(rule: dict[str, Any], anchor: dict[str, str] | None) -> dict[str, Any]:
-    return {**rule, "insert": {"block": "b", **anchor}} if anchor else {**rule, "replace": {"block": "b"}}
-
-
-RULES = st.one_of(
-    *[st.builds(_acting, GOOD_RULE, st.one_of(st.none(), ANCHOR))] * 6,
-    _shape(Rule, match=MATCH, pick=PICK, insert=_shape(Insert), expect=_shape(Expect)),
-    ABSURD,
+RULES = st.lists(st.tuples(RULE_PARTS, ACTION), min_size=1, max_size=3).map(
+    lambda parts: [{"id": f"r{i}", **rule, **action} for i, (rule, action) in enumerate(parts)]
 )
-FILES = st.fixed_dictionaries(
-    {"version": st.just(1), "rules": st.lists(RULES, min_size=1, max_size=3), "vars": st.just({"x": 32})},
+SOUND = st.fixed_dictionaries(
+    {
+        "version": st.just(1),
+        "rules": RULES,
+        "vars": st.just({"x": 32}),
+        "selectors": st.fixed_dictionaries({"late": LEAF}),
+    },
     optional={
-        "selectors": st.one_of(st.fixed_dictionaries({"late": MATCH}), ABSURD),
-        "roles": st.lists(st.fixed_dictionaries({"match": MATCH, "role": st.sampled_from(ROLES)}), max_size=1),
-        "budget": st.one_of(st.sampled_from([{"params": "30M"}, {"flops": {"max": "+10%"}}]), ABSURD),
-        "expect": st.one_of(st.fixed_dictionaries({"sites": COUNT}), _shape(Expect)),
-        "tests": st.lists(st.fixed_dictionaries({"model": st.just("m"), "sites": ABSURD}), max_size=1),
-        "extends": st.sampled_from(["acmix", "gone", ["acmix"], 3]),
-        "name": st.one_of(st.just("n"), SCALARS),
+        "roles": st.just([{"match": {"name": "conv1"}, "role": "other"}]),
+        "budget": st.sampled_from([{"params": "30M"}, {"flops": {"max": "+10%"}, "prefer": "-flops"}]),
+        "expect": st.fixed_dictionaries({"sites": COUNT}),
+        "tests": st.just([{"model": "m", "sites": {"r0": 1}}]),
+        "extends": st.sampled_from(["acmix", ["acmix"]]),
+        "name": st.just("n"),
     },
 )
+
+
+def _places(data: Any) -> list[tuple[Any, Any]]:
+    """Every (container, key) in the data."""
+    own = list(data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ())
+    return [(data, key) for key, _ in own] + [place for _, value in own for place in _places(value)]
+
+
+@st.composite
+def _broken(draw: st.DrawFn) -> dict[str, Any]:
+    """A sound file with up to three parts replaced, misnamed or taken away."""
+    data: dict[str, Any] = copy.deepcopy(draw(SOUND))
+    for _ in range(draw(st.integers(1, 3))):
+        places = _places(data)
+        if not places:
+            break
+        container, key = draw(st.sampled_from(places))
+        how = draw(st.sampled_from(["replace", "misname", "remove"]))
+        value = container.pop(key)
+        if how == "replace":
+            value = draw(ABSURD)
+        if isinstance(container, dict) and how != "remove":
+            container[f"{key}s" if how == "misname" else key] = value
+        elif how != "remove":
+            container.insert(key, value)
+    return data
 
 
 def _plan(file: RuleFile) -> None:
@@ -259,20 +272,19 @@ def _plan(file: RuleFile) -> None:
     match(sites, file)
 
 
-@settings(QUICK, max_examples=400)
-@given(data=FILES)
+@settings(QUICK, max_examples=200)
+@given(data=SOUND)
+def test_a_sound_rule_file_loads_and_means_the_same_as_text_and_as_data(data: dict[str, Any]) -> None:
+    file = load_rules(data)
+    assert parse_rules(yaml.safe_dump(data, sort_keys=False), "f.yaml").to_data() == file.to_data()
+    with contextlib.suppress(RuleError):  # an expectation that does not hold, a division by zero
+        _plan(file)
+
+
+@settings(QUICK, max_examples=300)
+@given(data=_broken())
 def test_any_rule_file_gives_a_sound_match_or_errors_of_a_line_each(data: dict[str, Any]) -> None:
     try:
         _plan(load_rules(data))
     except RuleError as error:
         one_line_each(error, "")
-
-
-@settings(QUICK, max_examples=100)
-@given(data=FILES)
-def test_a_rule_file_means_the_same_as_text_and_as_data(data: dict[str, Any]) -> None:
-    try:
-        file = load_rules(data)
-    except RuleError:
-        return
-    assert parse_rules(yaml.safe_dump(data, sort_keys=False), "f.yaml").to_data() == file.to_data()
