@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-
 from convrewrite.cli.common import (
     Progress,
     clean_errors,
@@ -17,6 +16,7 @@ from convrewrite.cli.common import (
     settings_of,
     source_of,
 )
+
 from convrewrite.errors import ConvrewriteError
 
 KINDS = ("module", "graph", "compiled", "exported", "onnx")
@@ -31,10 +31,14 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 @format_option
 @click.option("--out", metavar="DIR", help="Folder for the model, its recipe, the plan and the reports.")
 @click.option("--overwrite", is_flag=True, help="Replace DIR if it exists.")
-@click.option("--emit", "kind", type=click.Choice(KINDS), default="module", show_default=True, help="Also in this form.")
+@click.option(
+    "--emit", "kind", type=click.Choice(KINDS), default="module", show_default=True, help="Also in this form."
+)
 @click.option("--compile", "compile_", is_flag=True, help="Check that compiling meets no new graph break.")
 @click.option("--device", default="cpu", show_default=True, help="Where to check and emit.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True)
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of the model and its blocks."
+)
 @click.option("--channels-last", is_flag=True, help="Memory format of the emitted model.")
 @click.option("--force", is_flag=True, help="Emit even if a law is broken.")
 @click.option("--verbose", "-v", is_flag=True, help="Untouched sites, near misses, seconds per pass.")

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import click
-
 from convrewrite.cli.common import clean_errors, put
 
 
@@ -20,9 +19,11 @@ def command() -> None:
 
 @command.command()
 @click.argument("models", nargs=-1)
-@click.option("--rules", default="acmix", show_default=True)
-@click.option("--runs", type=click.IntRange(1), default=5, show_default=True)
-@click.option("--json", "as_json", is_flag=True)
+@click.option(
+    "--rules", default="acmix", show_default=True, metavar="FILE", help="Rule file, or the name of a built-in one."
+)
+@click.option("--runs", type=click.IntRange(1), default=5, show_default=True, help="Timed runs, after one to warm up.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @clean_errors
 def rewrite(models: tuple[str, ...], rules: str, runs: int, as_json: bool) -> None:
     """Time inspect, plan and rewrite against symbolic_trace + deepcopy of the same model, in turn."""
@@ -32,7 +33,10 @@ def rewrite(models: tuple[str, ...], rules: str, runs: int, as_json: bool) -> No
     if as_json:
         put(json.dumps(rows, indent=1), None)
         return
-    shown = [(r["model"], r["step"], f"{r['seconds']:.3f}", f"{r['ratio']:.2f}", f"{r['low']:.2f}..{r['high']:.2f}") for r in rows]
+    shown = [
+        (r["model"], r["step"], f"{r['seconds']:.3f}", f"{r['ratio']:.2f}", f"{r['low']:.2f}..{r['high']:.2f}")
+        for r in rows
+    ]
     headers = ("model", "step", "seconds", "x trace+copy", "spread")
     click.echo(tabulate(shown, headers=headers))
 

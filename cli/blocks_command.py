@@ -6,7 +6,6 @@ import inspect
 from typing import Any
 
 import click
-
 from convrewrite.cli.common import clean_errors
 
 

@@ -38,7 +38,9 @@ def model_options(function: Command) -> Command:
 def rule_options(function: Command) -> Command:
     """--rules, --start, --set."""
     for option in (
-        click.option("--set", "settings", multiple=True, metavar="RULE.OPTION=VALUE", help="Override a block's option."),
+        click.option(
+            "--set", "settings", multiple=True, metavar="RULE.OPTION=VALUE", help="Override a block's option."
+        ),
         click.option("--start", type=click.Choice(STARTS), help="Override how the edits start."),
         click.option("--rules", "-r", multiple=True, metavar="FILE", help="Rule file, or the name of a built-in one."),
     ):
@@ -48,7 +50,14 @@ def rule_options(function: Command) -> Command:
 
 def format_option(function: Command) -> Command:
     """--format."""
-    return click.option("--format", "format_", type=click.Choice(FORMATS), default="text", show_default=True)(function)
+    return click.option(
+        "--format",
+        "format_",
+        type=click.Choice(FORMATS),
+        default="text",
+        show_default=True,
+        help="Form of what is printed.",
+    )(function)
 
 
 def clean_errors(function: Command) -> Command:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import click
-
 from convrewrite.cli.common import (
     clean_errors,
     format_option,

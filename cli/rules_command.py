@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-
 from convrewrite.cli.common import clean_errors, put, write_text
+
 from convrewrite.errors import ConvrewriteError
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ def capture(model: nn.Module, example: tuple[Any, ...]) -> Captured:
             return _capture_by(method, model, example)
         except CaptureError:
             raise
-        except Exception as error:  # noqa: BLE001 - whatever a user's forward raises, the next method may bear it
+        except Exception as error:
             errors.append(f"{type(error).__name__}: {_first_line(error)}")
     raise CaptureError(
         f"the model does not run on an input of shape {_shapes(example)}: {errors[-1]}",
@@ -111,21 +112,25 @@ def capture(model: nn.Module, example: tuple[Any, ...]) -> Captured:
 
 def light_copy(model: nn.Module) -> nn.Module:
     """A deep copy that shares the parameters and owns its buffers and everything else."""
-    return _copy(model, lambda t, is_parameter: t if is_parameter else t.detach().clone())
+    return _copy(model, parameter=lambda t: t, buffer=lambda t: t.detach().clone())
 
 
 def _capture_by(method: str, model: nn.Module, example: tuple[Any, ...]) -> Captured:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if method == "meta":
-            skeleton = _copy(model, _to_meta)
+            skeleton = _copy(
+                model, parameter=partial(_hollow, device="meta"), buffer=partial(torch.empty_like, device="meta")
+            )
             inputs = tuple(a.to("meta") if isinstance(a, Tensor) else a for a in example)
             return _Capture(skeleton, method).run(inputs)
         if method == "fake":
             from torch._subclasses import FakeTensorMode
 
             with FakeTensorMode(allow_non_fake_inputs=True):
-                skeleton = _copy(model, lambda t, p: _like(torch.empty_like(t, device="cpu"), t, is_parameter=p))
+                skeleton = _copy(
+                    model, parameter=partial(_hollow, device="cpu"), buffer=partial(torch.empty_like, device="cpu")
+                )
                 fakes = tuple(torch.empty(a.shape, dtype=a.dtype) if isinstance(a, Tensor) else a for a in example)
                 return _Capture(skeleton, method).run(fakes)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -151,7 +156,7 @@ def _refuse_unsupported(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if type(module).__module__.startswith(_QUANTIZED):
             raise CaptureError("the module is quantized", where=path, fix="rewrite first, quantize afterwards")
-        if any(isinstance(p, nn.parameter.UninitializedTensorMixin) for p in module._parameters.values()):
+        if any(isinstance(p, nn.UninitializedParameter) for p in module._parameters.values()):
             raise CaptureError("the module is lazy and has no weights yet", where=path, fix="run one forward first")
 
 
@@ -212,23 +217,24 @@ class _Capture:
             holder = nn.Sequential()
             holder.add_module("it", module)
             return Region(prefix, holder, _Tracer({}, set()).trace(holder), single=True)
+        found: list[Region] = []
         for training in (True, False):
             _set_mode(self.skeleton, training=training)
             traced = self._trace_in_mode(prefix, module, stay)
             self.skeleton.eval()
             if traced is None:
                 return None
-            if not training or not self._unreached(module, traced):
+            found.append(traced)
+            if not self._unreached(module, traced):
                 return traced
-            first = traced
-        return max((first, traced), key=lambda r: sum(1 for n in r.graph.nodes if n.op == "call_module"))
+        return max(found, key=lambda r: len(r.graph.find_nodes(op="call_module")))
 
     def _trace_in_mode(self, prefix: str, module: nn.Module, stay: dict[nn.Module, str]) -> Region | None:
         for _ in range(_RETRIES):
             tracer = _Tracer(stay, self.functional)
             try:
                 graph = tracer.trace(module)
-            except Exception as error:  # noqa: BLE001 - proxies make a forward raise anything; the module stays whole
+            except Exception as error:
                 culprit = tracer.open[-1] if tracer.open else module
                 stay[culprit] = f"{type(error).__name__}: {_first_line(error)}"
                 if culprit is module:
@@ -302,11 +308,11 @@ class _Recorder(TorchFunctionMode):
         self._parts = set(_parts(inside, self.owner.functional))
         for part in self._parts:
             self._handles.append(part.register_forward_pre_hook(self._part, with_kwargs=True))
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exc: Any) -> None:
-        super().__exit__(*exc)
+        super().__exit__(*exc)  # type: ignore[no-untyped-call]
         for handle in self._handles:
             handle.remove()
 
@@ -368,22 +374,23 @@ def _bind(graph: fx.Graph, module: nn.Module, args: tuple[Any, ...], kwargs: dic
         if node.op == "placeholder":
             name = str(node.target).lstrip("*")
             if name not in bound.arguments:
-                raise CaptureError(f"forward takes '{name}', which the example input lacks", where=type(module).__name__)
+                kind = type(module).__name__
+                raise CaptureError(f"forward takes '{name}', which the example input lacks", where=kind)
             values.append(bound.arguments[name])
     return values
 
 
-def _copy(model: nn.Module, convert: Callable[[Tensor, bool], Tensor]) -> nn.Module:
-    """Deep copy in which every tensor of the model is `convert`-ed, and no hook fires."""
+def _copy(model: nn.Module, *, parameter: Callable[[Tensor], Tensor], buffer: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Deep copy in which every tensor of the model is converted, and no hook fires."""
     memo: dict[int, Any] = {}
     for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None and id(parameter) not in memo:
-                memo[id(parameter)] = convert(parameter, True)
+        for own in module._parameters.values():
+            if own is not None and id(own) not in memo:
+                memo[id(own)] = parameter(own)
         tensors = [*module._buffers.values(), *(v for v in vars(module).values() if isinstance(v, Tensor))]
         for tensor in tensors:
             if tensor is not None and id(tensor) not in memo:
-                memo[id(tensor)] = convert(tensor, False)
+                memo[id(tensor)] = buffer(tensor)
     try:
         twin = copy.deepcopy(model, memo)
     except Exception as error:
@@ -399,12 +406,9 @@ def _copy(model: nn.Module, convert: Callable[[Tensor, bool], Tensor]) -> nn.Mod
     return twin
 
 
-def _to_meta(tensor: Tensor, is_parameter: bool) -> Tensor:
-    return _like(torch.empty_like(tensor, device="meta"), tensor, is_parameter=is_parameter)
-
-
-def _like(values: Tensor, tensor: Tensor, *, is_parameter: bool) -> Tensor:
-    return nn.Parameter(values, requires_grad=tensor.requires_grad) if is_parameter else values
+def _hollow(tensor: Tensor, *, device: str) -> Tensor:
+    """A parameter of the same shape and dtype without its values."""
+    return nn.Parameter(torch.empty_like(tensor, device=device), requires_grad=tensor.requires_grad)
 
 
 def _set_mode(model: nn.Module, *, training: bool) -> None:

@@ -80,7 +80,8 @@ class Breaks:
 
 def graph_breaks(original: nn.Module | None, rewritten: nn.Module, example: tuple[Any, ...]) -> Breaks:
     """Count the graph breaks that ``torch.compile`` meets in both."""
-    counts, reasons = [], ()
+    counts: list[int] = []
+    reasons: tuple[str, ...] = ()
     for model in (original, rewritten):
         if model is None:
             counts.append(0)
@@ -121,5 +122,3 @@ class _Leaves(fx.Tracer):
         if isinstance(m, (*CONVS, Block)) or stand_of(m) is not None:
             return True
         return not any(isinstance(i, (*CONVS, Block)) or stand_of(i) is not None for i in m.modules())
-
-

@@ -29,7 +29,7 @@ def obstacle(model: nn.Module, path: str) -> str | None:
     name = type(module).__name__
     try:
         graphs = _both_modes(module)
-    except Exception as error:  # noqa: BLE001 - tracing a user's forward raises anything
+    except Exception as error:
         return f"{name} cannot be traced: {(str(error) or repr(error)).splitlines()[0]}"
     if graphs is None:
         return f"the forward of {name} depends on train or eval mode; a graph would freeze it"
@@ -37,7 +37,8 @@ def obstacle(model: nn.Module, path: str) -> str | None:
         return f"{name} has hooks, which a graph would drop"
     nodes = _uses(graphs, weight)
     if len(nodes) != 1:
-        return f"its weight is computed or not owned by {name}" if not nodes else f"{name} uses {weight} {len(nodes)} times"
+        several = f"{name} uses {weight} {len(nodes)} times"
+        return several if nodes else f"its weight is computed or not owned by {name}"
     for key in ("weight", "bias"):
         value = functional_arguments(nodes[0]).get(key)
         if value is None:

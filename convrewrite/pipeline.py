@@ -132,7 +132,7 @@ def _verify(work: Work) -> None:
     work.laws = check(case)
     try:
         work.drift = case.drift()
-    except Exception as error:  # noqa: BLE001 - a law has said so already
+    except Exception as error:
         work.notes.append(f"drift not measured: {error}")
 
 
@@ -164,7 +164,8 @@ class PassManager:
         for one in extra:
             names = [p.name for p in self.passes]
             if one.after and one.after not in names:
-                raise ConvrewriteError(f"pass '{one.name}' wants to follow '{one.after}'", fix=f"passes: {', '.join(names)}")
+                known = f"passes: {', '.join(names)}"
+                raise ConvrewriteError(f"pass '{one.name}' wants to follow '{one.after}'", fix=known)
             self.passes.insert(names.index(one.after) + 1 if one.after else len(names), one)
         return self
 
@@ -249,7 +250,8 @@ def rewrite(
     broken = [law for law in report.laws if law.status == "broken"]
     if broken and not force:
         lines = "; ".join(f"{law.law}: {law.detail}" for law in broken)
-        raise LawError(f"the rewritten model breaks a law: {lines}", where=work.name, fix="--force emits it all the same")
+        fix = "--force emits it all the same"
+        raise LawError(f"the rewritten model breaks a law: {lines}", where=work.name, fix=fix)
     return Rewritten(work.edited.model, report)
 
 
@@ -343,9 +345,7 @@ def _work(
     if given is not None and example is None:
         example = given.input_shape
     label = name or type(model).__name__
-    return Work(
-        model, example_of(model, example), label, files, start, overrides or {}, seed, source, given=given
-    )
+    return Work(model, example_of(model, example), label, files, start, overrides or {}, seed, source, given=given)
 
 
 def _replan(work: Work, model: nn.Module) -> Plan | None:

@@ -1,4 +1,4 @@
-"""From matches to a plan: options resolved, blocks asked whether they fit, starts chosen, budgets kept. Edits nothing."""
+"""From matches to a plan: options resolved, blocks asked, starts chosen, budgets kept. Edits nothing."""
 
 from __future__ import annotations
 
@@ -117,9 +117,8 @@ def check_fits(plan: Plan, model: nn.Module, graph: Graph) -> None:
             raise PlanError(
                 f"the plan does not fit the model: {_differs(edit.site, site)}", where=site.id, fix="make a new plan"
             )
-    raise PlanError(
-        "the plan does not fit the model: its sites or state-dict shapes changed", where=plan.model, fix="make a new plan"
-    )
+    what = "the plan does not fit the model: its sites or state-dict shapes changed"
+    raise PlanError(what, where=plan.model, fix="make a new plan")
 
 
 def _differs(old: Site, new: Site) -> str:
@@ -366,5 +365,3 @@ def _check_overrides(draft: _Draft) -> None:
             raise RuleError(
                 f"--set {key[0]}.{key[1]}: no edit takes it", fix="write RULE.option=value with a rule that matches"
             )
-
-

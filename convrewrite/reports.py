@@ -1,4 +1,4 @@
-"""The report: all that happened in one rewrite, as data. `convrewrite.report` turns it into text, Markdown, JSON or HTML."""
+"""The report: all that happened in one rewrite, as data; `convrewrite.report` makes it readable."""
 
 from __future__ import annotations
 
@@ -63,9 +63,7 @@ class Drift:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything about one rewrite. `timings` are seconds per pass, in order.
-
-    """
+    """Everything about one rewrite. `timings` are seconds per pass, in order."""
 
     plan: Plan
     sites: tuple[Site, ...]

@@ -18,20 +18,20 @@ def fates(original: nn.Module, edited: Edited) -> tuple[TensorFate, ...]:
     for name, tensor in new.items():
         came = source.get(name, "")
         fate = "carried" if came else "new"
-        found.append(_fate(name, came, fate, tensor, name in parameters, _owner(name, edited.touched)))
+        found.append(_fate(name, came, fate, tensor, parameters, _owner(name, edited.touched)))
     for name, tensor in old.items():
         if not edited.moved.get(name):
             edit = _owner(name, edited.touched)
             fate = "absorbed" if edit in edited.absorbing else "dropped"
-            found.append(_fate(name, name, fate, tensor, name in parameters, edit))
+            found.append(_fate(name, name, fate, tensor, parameters, edit))
     return tuple(found)
 
 
-def _fate(name: str, source: str, fate: str, tensor: Tensor, is_parameter: bool, edit: str) -> TensorFate:
+def _fate(name: str, source: str, fate: str, tensor: Tensor, parameters: set[str], edit: str) -> TensorFate:
     norm = 0.0
     if not tensor.is_meta and tensor.numel():
         norm = float(tensor.detach().double().norm() if tensor.numel() < 4096 else tensor.detach().float().norm())
-    return TensorFate(name, source, fate, tensor.numel(), norm, is_parameter, edit)  # type: ignore[arg-type]
+    return TensorFate(name, source, fate, tensor.numel(), norm, name in parameters, edit)  # type: ignore[arg-type]
 
 
 def _owner(name: str, touched: dict[str, str]) -> str:

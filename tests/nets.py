@@ -31,7 +31,7 @@ class Bottleneck(nn.Module):
 
 
 class Residual(nn.Module):
-    """A ResNet in small: stem, two stages of bottlenecks, dropout, linear head; has a method and an attribute of its own."""
+    """A ResNet in small: stem, two stages of bottlenecks, dropout, linear head; has its own method and attribute."""
 
     def __init__(self, classes: int = 5) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class Dense(nn.ModuleDict):
 
     def forward(self, x: Tensor) -> Tensor:
         features = [x]
-        for _, layer in self.items():
+        for layer in self.values():
             features.append(layer(torch.cat(features, 1)))
         return torch.cat(features, 1)
 

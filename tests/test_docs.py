@@ -232,12 +232,11 @@ def test_every_key_of_match_is_described_with_an_example_that_is_valid() -> None
 
 
 def test_keys_in_the_reference_are_those_of_the_format() -> None:
-    of_files, of_rules = set(), set()
-    for row in rows_of("A whole file"):
-        names = set(re.findall(r"`(\w+)`", row[0]))
-        (of_rules if len(row) > 2 else of_files).update(names)
-    of_rules |= {"title"}
-    assert of_files == set(RuleFile.model_fields) | ({"title"} & of_files)
+    of_files, of_rules = (
+        set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE))))
+        for table in RULES.split("## A whole file")[1].split("\n## ")[0].split("| key of a rule ")
+    )
+    assert of_files == set(RuleFile.model_fields)
     assert of_rules == set(Rule.model_fields)
     assert {name for row in rows_of("pick") for name in re.findall(r"`(\w+):", row[0])} == set(Pick.model_fields)
     assert {row[0].strip("`") for row in rows_of("expect")} == set(Expect.model_fields)

@@ -26,7 +26,12 @@ RULES: dict[str, Any] = {
     "version": 1,
     "name": "t",
     "rules": [
-        {"id": "r", "match": {"role": "bottleneck_spatial"}, "replace": {"block": "acmix", "window": 3}, "start": "exact"}
+        {
+            "id": "r",
+            "match": {"role": "bottleneck_spatial"},
+            "replace": {"block": "acmix", "window": 3},
+            "start": "exact",
+        }
     ],
 }
 

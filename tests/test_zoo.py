@@ -1,4 +1,4 @@
-"""The whole pipeline over torchvision's classification models: equal copies change no bit, exact starts keep the output."""
+"""The pipeline over torchvision's classification models: equal copies change no bit, exact starts keep the output."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from . import copyblock  # noqa: F401 - registers the blocks
 
 pytestmark = [pytest.mark.zoo, pytest.mark.filterwarnings("ignore")]
 
-BIG = ("regnet_y_128gf", "vit_h_14", "vit_l_16", "vit_l_32", "convnext_large", "vgg", "efficientnet_b7", "efficientnet_v2_l")
+BIG = ("regnet_y_128gf", "vit_h", "vit_l", "convnext_large", "vgg", "efficientnet_b7", "efficientnet_v2_l")
 MODELS = [
     pytest.param(name, marks=pytest.mark.big) if name.startswith(BIG) else name
     for name in torchvision.models.list_models(module=torchvision.models)
@@ -65,11 +65,11 @@ def test_equal_copies_of_every_convolution_change_no_key_and_no_bit(name: str) -
 @pytest.mark.parametrize("rules", ["acmix"])
 def test_an_exact_start_keeps_the_output(name: str, rules: str) -> None:
     model, shape = build(name)
-    try:
-        plan = cr.plan(model, rules, example=shape)
-    except RuleError as error:
-        assert "0 sites, expected >=1" in str(error)
+    if not any(s.role == "bottleneck_spatial" and s.groups == 1 for s in cr.inspect(model, example=shape)):
+        with pytest.raises(RuleError, match="0 sites, expected >=1"):
+            cr.plan(model, rules, example=shape)
         return
+    plan = cr.plan(model, rules, example=shape)
     _, report = cr.rewrite(model, plan)
     assert report.ok
     assert max(d.max_relative for d in report.drift) <= 1e-5

@@ -60,7 +60,7 @@ def annotate(captured: Captured) -> Graph:
 def _region_sites(region: Region, skeleton: nn.Module) -> list[tuple[Site, fx.Node]]:
     all_convs = {n: spec for n in region.graph.nodes if (spec := _spec(region, n)) is not None}
     planar = {n: s for n, s in all_convs.items() if kind(region, n) == "conv2d" and is_feature(region.shapes.get(n))}
-    flow, segments, facts = assign(region, planar)
+    segments, facts = assign(region, planar)
     fields = _receptive_fields(region)
     users = _real_users(region)
     ends = _stage_ends(region, segments, facts)
@@ -143,8 +143,9 @@ def _with_surroundings(
     users: dict[fx.Node, list[fx.Node]],
 ) -> Site:
     """The facts that the graph around the node gives."""
-    path, in_shape, out_shape = _border(region, fact.span) if fact.span else (None, (), ())
-    stage_path, stage_shape = None, ()
+    nowhere: tuple[str | None, Shape, Shape] = (None, (), ())
+    path, in_shape, out_shape = _border(region, fact.span) if fact.span else nowhere
+    stage_path, _, stage_shape = nowhere
     if fact.stage in ends:
         end = ends[fact.stage]
         stage_path, _, stage_shape = _border(region, replace(end, exit=end.stage_exit or end.exit))
@@ -236,8 +237,7 @@ def _border(region: Region, span: BlockSpan) -> tuple[str | None, Shape, Shape]:
         path = region.path(".".join(parts[:length]))
         for call in region.calls:
             if call.path == path and call.output in tails:
-                source = call.inputs[0] if len(call.inputs) == 1 else None
-                shape = region.shapes.get(source) if source is not None else ()
+                shape: Any = region.shapes.get(call.inputs[0]) if len(call.inputs) == 1 else ()
                 return path, shape if is_feature(shape) else (), region.shapes.get(call.output) or ()
     return None, (), ()
 
@@ -267,9 +267,7 @@ def _stage_ends(region: Region, segments: Segments, facts: dict[fx.Node, Facts])
 
 def _real_users(region: Region) -> dict[fx.Node, list[fx.Node]]:
     """Users that take the tensor itself, not its size."""
-    return {
-        n: [u for u in n.users if u.op == "output" or region.shapes.get(u) is not None] for n in region.graph.nodes
-    }
+    return {n: [u for u in n.users if u.op == "output" or region.shapes.get(u) is not None] for n in region.graph.nodes}
 
 
 def _chain_up(region: Region, node: fx.Node, users: dict[fx.Node, list[fx.Node]]) -> tuple[str, ...]:
@@ -302,7 +300,7 @@ def _to_pool(region: Region, node: fx.Node, users: dict[fx.Node, list[fx.Node]])
             break
         found.append(region.path(str(node.target)))
         if is_pool(region, node):
-            shape = region.shapes.get(node)
+            shape: Any = region.shapes.get(node)
             return (tuple(found), shape) if is_feature(shape) else ((), ())
     return (), ()
 

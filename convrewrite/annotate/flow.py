@@ -102,7 +102,8 @@ class Flow:
             own = list(self.members(self.upto(gate) & ~self.upto(other)))
             if not own:
                 continue
-            shape, wide = self.region.shapes.get(gate), self.region.shapes.get(other)
+            shape: Any = self.region.shapes.get(gate)
+            wide: Any = self.region.shapes.get(other)
             small = is_feature(shape) and is_feature(wide) and shape[2:] == (1, 1) and wide[2:] != (1, 1)
             if small or any(is_pool(self.region, n) and self._global(n) for n in own):
                 return gate, other

@@ -93,18 +93,19 @@ def window_of(region: Region, node: fx.Node) -> tuple[tuple[int, int], tuple[int
     if module is not None:
         if not hasattr(module, "kernel_size") or not hasattr(module, "stride"):
             return None
-        kernel, stride, dilation = module.kernel_size, module.stride, getattr(module, "dilation", 1)
+        kernel: Any = module.kernel_size
+        stride: Any = module.stride
+        dilation: Any = getattr(module, "dilation", 1)
     else:
         if "pool" not in kind(region, node) or "adaptive" in kind(region, node):
             return None
         values = {**dict(zip(("input", "kernel_size", "stride"), node.args, strict=False)), **node.kwargs}
         kernel, dilation = values.get("kernel_size"), values.get("dilation", 1)
         stride = values.get("stride") or kernel
-    pairs = [_pair(v) for v in (kernel, stride if stride is not None else kernel, dilation)]
-    if any(p is None for p in pairs):
+    k, s, d = _pair(kernel), _pair(stride if stride is not None else kernel), _pair(dilation)
+    if k is None or s is None or d is None:
         return None
-    (k, s, d) = pairs  # type: ignore[misc]
-    return (d[0] * (k[0] - 1) + 1, d[1] * (k[1] - 1) + 1), s  # type: ignore[index, return-value]
+    return (d[0] * (k[0] - 1) + 1, d[1] * (k[1] - 1) + 1), s
 
 
 def _pair(value: Any) -> tuple[int, int] | None:

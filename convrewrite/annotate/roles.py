@@ -26,7 +26,7 @@ class Facts:
     span: BlockSpan | None = None
 
 
-def assign(region: Region, convs: dict[fx.Node, ConvSpec]) -> tuple[Flow, Segments, dict[fx.Node, Facts]]:
+def assign(region: Region, convs: dict[fx.Node, ConvSpec]) -> tuple[Segments, dict[fx.Node, Facts]]:
     """Facts of every convolution node of one region (stages counted within the region)."""
     flow = Flow(region, list(convs))
     segments = segment(flow, convs)
@@ -44,10 +44,12 @@ def assign(region: Region, convs: dict[fx.Node, ConvSpec]) -> tuple[Flow, Segmen
         _roles_of_chain(segments, convs, facts)
     _stages(region, segments, convs, facts)
     _gates_join_blocks(flow, segments, facts)
-    return flow, segments, facts
+    return segments, facts
 
 
-def _roles_of_blocks(flow: Flow, segments: Segments, convs: dict[fx.Node, ConvSpec], facts: dict[fx.Node, Facts]) -> None:
+def _roles_of_blocks(
+    flow: Flow, segments: Segments, convs: dict[fx.Node, ConvSpec], facts: dict[fx.Node, Facts]
+) -> None:
     for span in segments.blocks:
         skip = flow.bits(span.skip)
         for node in span.skip:

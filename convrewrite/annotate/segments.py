@@ -94,13 +94,13 @@ def _nested_residual(flow: Flow, join: fx.Node, entry: fx.Node, left: int) -> Bl
     if not body & flow.conv_bits:
         return None
     block = _block(flow, start, join, body)
-    return block if block.body and any(not (flow.upto(s) & ~flow.upto(start)) & flow.conv_bits or block.skip
-                                       for s in flow.inputs[join]) else None
+    plain = any(not flow.upto(s) & ~flow.upto(start) & flow.conv_bits for s in flow.inputs[join])
+    return block if block.body and (plain or block.skip) else None
 
 
 def _block(flow: Flow, entry: fx.Node, exit_: fx.Node, between: int) -> BlockSpan:
     """One block with its skip arm told from its body: of a sum, the arm with fewer convolutions is the skip."""
-    convs = [n for n in flow.members(between & flow.conv_bits)]
+    convs = list(flow.members(between & flow.conv_bits))
     if not is_add(flow.region, exit_):
         return BlockSpan(convs, [], entry, exit_, kind(flow.region, exit_))
     arms = _arms(flow, exit_, entry)
@@ -157,8 +157,7 @@ def _attach_squeeze(
         before = result[-1] if result else None
         if isinstance(item, BlockSpan) and item.joins == "cat" and item.entry is not None:
             squeezes = isinstance(before, fx.Node) and convs[before].kernel == (1, 1)
-            if squeezes and before is not None and _adjacent(flow, before, item.entry):
-                assert isinstance(before, fx.Node)
+            if squeezes and isinstance(before, fx.Node) and _adjacent(flow, before, item.entry):
                 result.pop()
                 item.body.insert(0, before)
                 item.entry = flow.inputs[before][0] if flow.inputs[before] else None

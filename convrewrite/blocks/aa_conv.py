@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from convrewrite.blocks.base import Block, BlockOptions, register_block
-from convrewrite.blocks.pooled import pooled_grid
+from convrewrite.blocks.centres import at_centres
 from convrewrite.blocks.relative import holds_logits, relative_attention, streamed_width
 from convrewrite.sites import ConvSpec, Cost, Place
 
@@ -118,7 +118,7 @@ class AAConv(Block):
         if rest < 0:
             return f"{conv.out_channels} output channels, {options.heads} heads need at least one each"
         if rest % conv.groups:
-            return f"{conv.out_channels} channels less {values} of attention are {rest}, not divisible by {conv.groups} groups"
+            return f"{rest} channels beside the {values} of attention, not divisible by {conv.groups} groups"
         height, width = conv.out_size(*place.in_shape[2:])
         if height < 1 or width < 1:
             return f"the convolution's output is empty ({height} x {width})"
@@ -140,7 +140,7 @@ class AAConv(Block):
 
     def _attention(self, x: Tensor) -> Tensor:
         """The attention's half, (B, d_v, Ho, Wo)."""
-        x = self._centres(x)
+        x = at_centres(x, self.spec)  # (B, C_in, Ho, Wo)
         size = x.shape[2:]
         if self.options.pool == 2:
             x = F.avg_pool2d(x, 3, 2, 1, count_include_pad=False)
@@ -159,13 +159,6 @@ class AAConv(Block):
         if self.options.pool == 2:  # W_o is the same before and after, and cheaper before
             out = F.interpolate(out, size, mode="bilinear", align_corners=False)
         return out
-
-    def _centres(self, x: Tensor) -> Tensor:
-        """x where the convolution's windows are centred, (B, C_in, Ho, Wo)."""
-        height, width = self.spec.out_size(*x.shape[2:])
-        grid = pooled_grid(self.spec, x.shape[2], x.shape[3], 1)
-        x = grid.pad(x)[:, :, grid.y.start :: self.spec.stride[0], grid.x.start :: self.spec.stride[1]]
-        return x[:, :, :height, :width]
 
     @classmethod
     def cost(cls, place: Place, options: BlockOptions) -> Cost:

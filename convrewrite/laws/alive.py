@@ -50,7 +50,8 @@ def _unused_before(case: Case) -> set[str]:
         outputs = [t for t in tensors_of(twin(*case.example)) if t.requires_grad]
         if not outputs:
             return set(named)
-        grads = torch.autograd.grad(sum(t.float().sum() for t in outputs), list(named.values()), allow_unused=True)
+        loss = torch.stack([t.float().sum() for t in outputs]).sum()
+        grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     return {n for n, g in zip(named, grads, strict=True) if g is None}
 
 

@@ -59,14 +59,14 @@ class Case:
     def outputs(self) -> dict[str, tuple[Any, Any]]:
         """mode -> (original's output, rewritten's output), same seed."""
         return {
-            mode: (self.run(self.original, mode == "train"), self.run(self.rewritten, mode == "train"))
+            mode: tuple(self.run(m, training=mode == "train") for m in (self.original, self.rewritten))
             for mode in ("eval", "train")
         }
 
-    def run(self, model: nn.Module, training: bool, *, grad: bool = False) -> Any:
+    def run(self, model: nn.Module, *, training: bool) -> Any:
         """Output on a copy that shares the parameters, so that batch statistics stay as they are."""
         twin = light_copy(model).train(training)
-        with torch.set_grad_enabled(grad), seeded(), quiet():
+        with torch.no_grad(), seeded(), quiet():
             return twin(*self.example)
 
     def drift(self) -> tuple[Drift, ...]:

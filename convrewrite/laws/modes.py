@@ -23,7 +23,7 @@ def modes(case: Case) -> LawResult:
     if wrong:
         return LawResult("modes", "broken", f"{wrong} is in another mode than in the original")
     for mode, training in (("eval", False), ("train", True)):
-        before, after = (_behaviour(m, training, case) for m in (case.original, case.rewritten))
+        before, after = (_behaviour(m, case, training=training) for m in (case.original, case.rewritten))
         if before[0] != after[0]:
             what = "random" if after[0] else "deterministic"
             return LawResult("modes", "broken", f"{mode} mode became {what}")
@@ -36,7 +36,7 @@ def modes(case: Case) -> LawResult:
     return LawResult("modes", "held", "train and eval mode as in the original")
 
 
-def _behaviour(model: nn.Module, training: bool, case: Case) -> tuple[bool, set[str]]:
+def _behaviour(model: nn.Module, case: Case, *, training: bool) -> tuple[bool, set[str]]:
     """(two runs differ, buffers that a run updates)."""
     outs, changed = [], set()
     for seed in (0, 1):

@@ -19,7 +19,7 @@ def portable(case: Case) -> LawResult:
         odd = next(k for k in (*state, *fresh) if (k in state) != (k in fresh)) if set(state) != set(fresh) else "order"
         return LawResult("portable", "broken", f"the state dicts' keys differ: {odd}")
     twin.load_state_dict(state, strict=True)
-    pairs = zip(tensors_of(case.outputs["eval"][1]), tensors_of(case.run(twin, False)), strict=True)
+    pairs = zip(tensors_of(case.outputs["eval"][1]), tensors_of(case.run(twin, training=False)), strict=True)
     if not all(torch.equal(a, b) or bool((a != a).all()) for a, b in pairs):
         return LawResult("portable", "broken", "the reloaded model gives another output")
     return LawResult("portable", "held", f"{len(state)} tensors load into a second application")
