@@ -78,6 +78,8 @@ def command(
     if out:
         check_target(out, overwrite=overwrite)
     given = _plan(plan_file) if plan_file else list(rules)
+    if plan_file and input_shape is None:
+        input_shape = _shape_of(given)
     source = source_of(model, weights, input_shape, num_classes, seed, meta=False)
     prepared = _placed(source.model, device, dtype, channels_last)
     progress = Progress(len(REWRITING))
@@ -114,6 +116,11 @@ def _plan(path: str) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise ConvrewriteError(f"cannot be read: {error}", where=path) from None
     return Plan.from_json(text, where=path)
+
+
+def _shape_of(plan: Any) -> str | None:
+    """The input a plan was made for, as --input takes it."""
+    return "x".join(map(str, plan.input_shape)) if len(plan.input_shape) == 4 else None
 
 
 def _placed(model: Any, device: str, dtype: str, channels_last: bool) -> Any:

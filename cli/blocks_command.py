@@ -19,8 +19,8 @@ def command(name: str | None) -> None:
     from convrewrite.blocks.base import BLOCKS, summary
 
     if name is None:
-        rows = [(n, "/".join(cls.actions), cls.paper, summary(cls)) for n, cls in BLOCKS.items()]
-        click.echo(tabulate(rows, headers=("block", "can", "paper", "what it is"), maxcolwidths=[None, None, 34, 60]))
+        listed = [(n, "/".join(cls.actions), cls.paper, summary(cls)) for n, cls in BLOCKS.items()]
+        click.echo(tabulate(listed, headers=("block", "can", "paper", "what it is"), maxcolwidths=[None, None, 34, 60]))
         return
     cls = BLOCKS.get(name)
     click.echo(f"{name}   ({cls.paper})\n")

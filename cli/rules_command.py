@@ -81,10 +81,12 @@ def test(names: tuple[str, ...], verbose: bool) -> None:
     """Run the tests that rule files carry: matched, missing and noisy sites per model. All built-in files by default."""
     from convrewrite.rulefile import builtin_names, load_rules
 
+    from tqdm import tqdm
+
     failed = ran = 0
     for name in names or builtin_names():
         file = load_rules(name)
-        for one in file.tests:
+        for one in tqdm(file.tests, desc=file.name, disable=None, leave=False):
             ran += 1
             lines = _run(file, one)
             failed += bool(lines)
@@ -99,20 +101,22 @@ def test(names: tuple[str, ...], verbose: bool) -> None:
 
 def _run(file: RuleFile, one: Any) -> list[str]:
     """What is wrong, a line each."""
+    from convrewrite.annotate import annotate
+    from convrewrite.capture import capture
     from convrewrite.expectations import judge
-    from convrewrite.match import correct_roles, search
-    from convrewrite.pipeline import inspect
+    from convrewrite.pipeline import example_of
+    from convrewrite.planning import trial
     from convrewrite.sources import resolve
 
     source = resolve(one.model, meta=True)
-    sites = inspect(source.model, example=source.example)
-    found = search(correct_roles(sites, file) if file.roles else sites, file).candidates
+    graph = annotate(capture(source.model, example_of(source.model, source.example)))
+    found = trial(source.model, graph, file, start=one.start)
     lines = []
     for rule in file.rules:
         wish = one.sites.rule(rule.id)
         if wish is None:
             continue
-        verdict = judge([c.site.id for c in found if c.rule.id == rule.id], wish)
+        verdict = judge(found[rule.id], wish)
         if not verdict.passed:
             lines.append(f"{rule.id}: {verdict}")
     return lines

@@ -9,9 +9,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from convrewrite.blocks.base import Block, BlockOptions, register_block
-    from convrewrite.diffing import Diff, diff
+    from convrewrite.diffing import Diff
     from convrewrite.errors import ConvrewriteError
-    from convrewrite.pipeline import Pass, inspect, plan, rewrite
+    from convrewrite.pipeline import Pass, diff, inspect, plan, rewrite
     from convrewrite.plans import Edit, Plan, Refusal
     from convrewrite.reports import Report
     from convrewrite.rulefile import load_rules
@@ -37,7 +37,7 @@ _HOME = {
     "Rule": "ruleschema",
     "RuleFile": "ruleschema",
     "Site": "sites",
-    "diff": "diffing",
+    "diff": "pipeline",
     "inspect": "pipeline",
     "load": "store",
     "load_rules": "rulefile",

@@ -176,8 +176,8 @@ def _moves(originals: dict[str, object], twin: nn.Module) -> dict[str, tuple[str
     for key, tensor in _tensors(twin):
         keys.setdefault(id(tensor), []).append(key)
     moved = {}
-    for key, tensor in originals.items():
-        found = keys.get(id(tensor), [])
+    for key, copied in originals.items():
+        found = keys.get(id(copied), [])
         moved[key] = (key,) if key in found else tuple(found[:1])
     return moved
 

@@ -6,7 +6,6 @@ reserved name, hidden from containers that iterate over their children in ``forw
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -71,12 +70,18 @@ class _HiddenChildren:
         return self._shown().values()
 
 
-@functools.cache
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
 def _inserted_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of `base` that calls inserted blocks; one per class, so that types compare equal."""
+    if base in _CLASSES:
+        return _CLASSES[base]
     hides = issubclass(base, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
     mixins = (_Inserted, _HiddenChildren) if hides else (_Inserted,)
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (*mixins, base), names)
+    _CLASSES[base] = type(base.__name__, (*mixins, base), names)
+    return _CLASSES[base]
 
 
 def _rebuild(base: type[nn.Module]) -> nn.Module:

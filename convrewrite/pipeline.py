@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from convrewrite import provenance
 from convrewrite.annotate import Graph, annotate
 from convrewrite.capture import capture
+from convrewrite.diffing import Diff, ModelView, view_of
+from convrewrite.diffing import diff as compare
 from convrewrite.editing import Edited, edit_model
 from convrewrite.errors import ConvrewriteError, LawError
 from convrewrite.identity import identity
@@ -253,6 +255,19 @@ def rewrite(
         fix = "--force emits it all the same"
         raise LawError(f"the rewritten model breaks a law: {lines}", where=work.name, fix=fix)
     return Rewritten(work.edited.model, report)
+
+
+def diff(before: nn.Module | ModelView, after: nn.Module | ModelView, *, example: Example = None) -> Diff:
+    """What differs between two models: modules, sites, tensors and costs.
+
+    Args:
+        example: input shape for both, as for `rewrite`.
+    """
+    views = [
+        m if isinstance(m, ModelView) else view_of(m, inspect(m, example=example), type(m).__name__)
+        for m in (before, after)
+    ]
+    return compare(*views)
 
 
 def report_of(work: Work, *, forced: bool = False) -> Report:

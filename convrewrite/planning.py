@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -16,7 +17,7 @@ from convrewrite.blocks.blend import blend_cost
 from convrewrite.errors import ConvrewriteError, PlanError, RuleError, closest
 from convrewrite.facts import site_facts
 from convrewrite.graphs import obstacle
-from convrewrite.match import Candidate, correct_roles, match
+from convrewrite.match import Candidate, correct_roles, match, search
 from convrewrite.plans import Edit, Funnel, Plan, Refusal, Totals, digest
 from convrewrite.rulefile import RuleFile, resolve_options
 from convrewrite.sites import Cost, Place, Site
@@ -71,6 +72,7 @@ def make_plan(
         before = len(draft.edits)
         for candidate in result.candidates:
             _consider(draft, file, candidate)
+        _check_expected(draft, file, result.candidates)
         kept, dropped = _within_budget(draft, file, draft.edits[before:])
         draft.edits[before:] = kept
         draft.refused.extend(dropped)
@@ -91,6 +93,19 @@ def make_plan(
         notes=tuple(dict.fromkeys(notes)),
         versions=versions(),
     )
+
+
+def trial(model: nn.Module, graph: Graph, file: RuleFile, *, start: str | None = None) -> dict[str, list[str]]:
+    """Rule id -> ids of the sites that it would change; no expectation is checked."""
+    draft = _Draft(graph, model, start, {})
+    sites = correct_roles(graph.sites, file) if file.roles else graph.sites
+    for candidate in search(sites, file).candidates:
+        _consider(draft, file, candidate)
+    labels = {f"{file.name}/{rule.id}" if file.name else rule.id: rule.id for rule in file.rules}
+    found: dict[str, list[str]] = {rule.id: [] for rule in file.rules}
+    for edit in draft.edits:
+        found[labels[edit.rule]].append(edit.site.id)
+    return found
 
 
 def fingerprint(model: nn.Module, graph: Graph) -> str:
@@ -174,6 +189,28 @@ def _consider(draft: _Draft, file: RuleFile, candidate: Candidate) -> None:
     draft.refused.append(Refusal(site, label, clause, reason))
 
 
+_CANNOT = ("block", "start", "functional", "insert", "op")
+
+
+def _check_expected(draft: _Draft, file: RuleFile, candidates: Sequence[Candidate]) -> None:
+    """A rule whose sites match but cannot be changed has found less than it expects: an error with the reasons."""
+    lines = []
+    for rule in file.rules:
+        label = f"{file.name}/{rule.id}" if file.name else rule.id
+        mine = {c.site.id for c in candidates if c.rule is rule}
+        refused = [r for r in draft.refused if r.rule == label and r.clause in _CANNOT and r.site.id in mine]
+        standing = sum(1 for r in draft.refused if r.rule == label and r.clause == "rewritten")
+        left = len(mine) - len(refused) + standing
+        if refused and left < rule.expect.sites.least:
+            reasons = Counter(r.reason for r in refused)
+            first = "; ".join(f"{reason} ({n} of {len(mine)})" for reason, n in reasons.most_common(3))
+            where = file.where(rule.id) or file.name
+            what = f"rule '{rule.id}': {left} sites can be changed, expected {rule.expect.sites}: {first}"
+            lines.append(f"{where}: {what}")
+    if lines:
+        raise RuleError("\n".join(lines))
+
+
 def _edit(draft: _Draft, file: RuleFile, candidate: Candidate, label: str) -> Edit | tuple[str, str]:
     site, rule = candidate.site, candidate.rule
     if site.op != "conv2d":
@@ -197,7 +234,7 @@ def _edit(draft: _Draft, file: RuleFile, candidate: Candidate, label: str) -> Ed
     how = _how(cls, rule.action, start)
     absorbs = site.pool_tail if cls.span == "pool" and rule.action == "replace" else ()
     if how is None:
-        return "start", f"{cls.name} has no {start} start for {rule.action}, set start: fresh"
+        return "start", f"{cls.name} has no {start} start for {rule.action}; use {_other_starts(cls, rule.action)}"
     if site.kind == "functional" and rule.action == "replace":
         found = obstacle(draft.model, site.path)
         if found or site.calls > 1:
@@ -303,6 +340,10 @@ def _how(cls: type[Block], action: str, start: str) -> str | None:
     if start == "exact":
         return "holds the conv" if cls.holds_conv else ("blend" if cls.span == "conv" else None)
     return None
+
+
+def _other_starts(cls: type[Block], action: str) -> str:
+    return " or ".join(f"start: {start}" for start in ("exact", "fresh") if _how(cls, action, start))
 
 
 def _costs(

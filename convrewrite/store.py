@@ -77,6 +77,7 @@ def save(
     if note is None:
         name = type(model).__name__
         raise StoreError("the model was not rewritten by convrewrite", where=name, fix="save what rewrite() returned")
+    _check_standing(model, note.plan)
     place = Path(folder)
     check_target(place, overwrite=overwrite)
     recipe = _completed(note.source or _recipe_of(source), model, note.identity)
@@ -222,6 +223,18 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     except ValidationError as error:
         key = ".".join(str(part) for part in error.errors()[0]["loc"])
         raise StoreError(f"the file is damaged ('{key}')", where=str(path), fix="save the model again") from None
+
+
+def _check_standing(model: nn.Module, plan: Plan) -> None:
+    """Refuse a model whose blocks were exchanged after the rewrite: replaying its plan would not give it again."""
+    from convrewrite.stands import stand_of
+
+    for edit in plan.edits:
+        if edit.action == "replace" and ":" not in edit.path:
+            stands = stand_of(model.get_submodule(edit.path))
+            if stands is None or stands.edit != edit.id:
+                fix = "save what rewrite() returned, before finalizing"
+                raise StoreError("this is no longer what the plan put here", where=edit.path, fix=fix)
 
 
 def check_target(folder: str | Path, *, overwrite: bool) -> None:

@@ -254,7 +254,7 @@ def _activations(place: Place, options: AAConvOptions) -> tuple[int, int]:
         peak = projected + joined + 2 * heads * positions
         kept = joined + heads * positions + values
     else:
-        peak = projected + 4 * heads * streamed_width(height, width, keys // heads, values // heads)
+        peak = projected + 4 * heads * streamed_width(keys // heads + extra, values // heads)
         kept = peak - projected
     sampled = c_in if options.pool == 2 or place.conv.stride != (1, 1) else 0
     train = positions * (kept + sampled + keys + 2 * values)

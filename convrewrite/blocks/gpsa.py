@@ -45,7 +45,7 @@ class GPSAOptions(BlockOptions):
 class GPSA(Block):
     """Attention by content and by position, mixed by a learned gate for each head; one head for each tap of the kernel.
 
-    With X the map's pixels, q, k = W x (1 x 1, no bias) of N = k^2 heads of D channels and full C_out x C_in values V_h:
+    With X the map's pixels, q, k = W x (1 x 1, no bias) of N = k^2 heads of D channels, and V_h of full C_out x C_in:
 
         y_i  = sum_h V_h sum_j ( (1 - g_h) P_h(i, j) + g_h S_h(i, j) ) X_j
         S_h  = softmax_j( D^-.5 q_ih . k_jh )                                         j over the map
@@ -73,8 +73,8 @@ class GPSA(Block):
 
     Reference:
         d'Ascoli et al. 2021, arXiv 2103.10697 (ConViT), equations 5 to 7, and 2106.05795 (Transformed CNNs). g is
-        1 - sigmoid(lambda) there: a sigmoid can neither be exactly 1 nor learn near it, so here the gate itself is learned,
-        from 1 - sigmoid(1). V_h is W_out W_V of the papers' head h, at full width.
+        1 - sigmoid(lambda) there: a sigmoid can neither be exactly 1 nor learn near it, so here the gate itself is
+        learned, from 1 - sigmoid(1). V_h is W_out W_V of the papers' head h, at full width.
 
     Facts found in published code:
         - facebookresearch/convit has no padded keys, a bias in its position logits (it cancels), and head widths
@@ -169,7 +169,7 @@ class GPSA(Block):
         batch, channels, height, width = centres.shape
         to_q, to_k = self.qk.weight.flatten(1).chunk(2)
         q, k = (
-            F.linear(t.flatten(2).transpose(1, 2), weight).unflatten(2, (self.heads, self.key_dim)).transpose(1, 2)
+            F.linear(t.flatten(2).transpose(1, 2), weight).view(batch, -1, self.heads, self.key_dim).transpose(1, 2)
             for t, weight in ((centres, to_q), (x, to_k))
         )  # (B, N, Q, D), (B, N, L, D)
         values = x.flatten(2).transpose(1, 2).to(q.dtype)  # (B, L, C_in), the same for all heads

@@ -167,7 +167,7 @@ def _activations(place: Place, options: MHSAOptions) -> tuple[int, int]:
         peak = 3 * channels + joined + 2 * heads * positions
         kept = joined + heads * positions + 2 * channels
     else:
-        common = heads * streamed_width(height, width, dim, dim)
+        common = heads * streamed_width(dim + height + width, dim)
         peak, kept = 3 * channels + 4 * common, 4 * common + channels
     pooled = math.prod(place.out_shape[1:])
     return max(positions * peak, positions * channels + pooled), positions * kept

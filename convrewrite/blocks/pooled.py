@@ -1,4 +1,4 @@
-"""Stride by pooling: where attention at full resolution stands, and how it is averaged down to the convolution's size."""
+"""Stride by pooling: where attention at full resolution stands, and how it is averaged to the convolution's size."""
 
 from __future__ import annotations
 

@@ -44,21 +44,11 @@ def relative_attention(
         (B, H, W, N, dv). The softmax runs in float32 or wider.
     """
     batch, height, width, heads, dim = q.shape
-    queries, keys = [q * scale], [k]
-    position = queries[0] if scale_position else q
-    if rows is not None:
-        table = by_pair(resized(rows, height)).to(q.dtype)  # (H, H, d)
-        queries.append(torch.einsum("byxnd,yed->byxne", position, table).to(q.dtype))
-        hot = torch.eye(height, device=k.device, dtype=k.dtype)
-        keys.append(hot[:, None, None].expand(batch, height, width, heads, height))
-    if columns is not None:
-        table = by_pair(resized(columns, width)).to(q.dtype)  # (W, W, d)
-        queries.append(torch.einsum("byxnd,xed->byxne", position, table).to(q.dtype))
-        hot = torch.eye(width, device=k.device, dtype=k.dtype)
-        keys.append(hot[:, None].expand(batch, height, width, heads, width))
-    dense = holds_logits(height * width, dim) and q.dtype in (torch.float32, torch.float64)
-    attend = _dense if dense else _streamed
-    out = attend(_heads_first(queries), _heads_first(keys), _heads_first([v]))  # (B, N, H*W, dv)
+    whole = holds_logits(height * width, dim) and q.dtype in (torch.float32, torch.float64)
+    q, k = (t.permute(0, 3, 1, 2, 4) for t in (q, k))  # (B, N, H, W, d); joining them makes the one copy needed
+    q = _with_position(q, q * scale, rows, columns, scale if scale_position else 1.0)
+    k = _with_one_hots(k, rows, columns)
+    out = (_whole if whole else _streamed)(q, k, v.flatten(1, 2).transpose(1, 2))  # (B, N, H*W, dv)
     return out.transpose(1, 2).reshape(batch, height, width, heads, v.shape[-1])
 
 
@@ -67,9 +57,9 @@ def holds_logits(positions: int, head_dim: int) -> bool:
     return positions <= max(DENSE_KEYS, DENSE_PER_CHANNEL * head_dim)
 
 
-def streamed_width(height: int, width: int, head_dim: int, value_dim: int) -> int:
-    """Channels of a head of q, k and v in SDPA, position terms and padding included."""
-    return -(-max(head_dim + height + width, value_dim) // ALIGNMENT) * ALIGNMENT
+def streamed_width(key_width: int, value_width: int) -> int:
+    """Channels of a head of q, k and v in SDPA, from those of keys with their position terms, and of values."""
+    return -(-max(key_width, value_width) // ALIGNMENT) * ALIGNMENT
 
 
 def by_pair(table: Tensor) -> Tensor:
@@ -97,20 +87,39 @@ def resized(table: Tensor, size: int) -> Tensor:
     return (weight @ table.to(dtype)).to(table.dtype)
 
 
-def _heads_first(parts: list[Tensor]) -> Tensor:
-    """Parts (B, H, W, N, c) side by side as (B, N, H*W, sum of c)."""
-    whole = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-    return whole.flatten(1, 2).transpose(1, 2)
+def _with_position(q: Tensor, content: Tensor, rows: Tensor | None, columns: Tensor | None, scale: float) -> Tensor:
+    """(B, N, H*W, d + H + W): `content`, and scale q . r of every row and every column."""
+    parts = [content]
+    if rows is not None:
+        table = (by_pair(resized(rows, q.shape[2])) * scale).to(q.dtype)  # (H, H, d)
+        parts.append(torch.einsum("bnyxd,yed->bnyxe", q, table).to(q.dtype))
+    if columns is not None:
+        table = (by_pair(resized(columns, q.shape[3])) * scale).to(q.dtype)  # (W, W, d)
+        parts.append(torch.einsum("bnyxd,xed->bnyxe", q, table).to(q.dtype))
+    return torch.cat(parts, -1).flatten(2, 3)
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _with_one_hots(k: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
+    """(B, N, H*W, d + H + W): k, which row a key is in, and which column."""
+    batch, heads, height, width, _ = k.shape
+    parts = [k]
+    if rows is not None:
+        hot = torch.eye(height, device=k.device, dtype=k.dtype)[:, None]
+        parts.append(hot.expand(batch, heads, height, width, height))
+    if columns is not None:
+        hot = torch.eye(width, device=k.device, dtype=k.dtype)
+        parts.append(hot.expand(batch, heads, height, width, width))
+    return torch.cat(parts, -1).flatten(2, 3)
+
+
+def _whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.matmul(torch.matmul(q, k.transpose(2, 3)).softmax(-1), v)
 
 
 def _streamed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """SDPA at one common width: on CPU and GPU its kernels hold all logits if values and keys differ in width."""
     width, value_width = q.shape[-1], v.shape[-1]
-    common = -(-max(width, value_width) // ALIGNMENT) * ALIGNMENT
+    common = streamed_width(width, value_width)
     q, k = (F.pad(t, (0, common - width)) if common > width else t for t in (q, k))
     v = F.pad(v, (0, common - value_width)) if common > value_width else v
     return F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :value_width]

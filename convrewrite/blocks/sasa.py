@@ -72,9 +72,9 @@ class SASA(Block):
 
     Reference:
         Ramachandran et al. 2019, arXiv 1906.05909, equations 2 and 3; our o is (a - i, b - j). The text groups the
-        projections by heads, the parameter counts of its tables say dense, and dense they are. The paper does not say how
-        the border is filled, how weights start, or to what the sinusoids are added. Ours: both borders to choose from;
-        PyTorch's 1 x 1 convolution for W and a deviation of d^-.5 for r; the keys.
+        projections by heads, the parameter counts of its tables say dense, and dense they are. The paper does not say
+        how the border is filled, how weights start, or to what sinusoids are added. Ours: both borders to choose
+        from; PyTorch's 1 x 1 convolution for W and a deviation of d^-.5 for r; the keys.
 
     Facts found in published code:
         - MerHS/SASA-pytorch sums q . k over the channels of all heads, so its one softmax is shared by all of them:

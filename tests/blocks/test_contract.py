@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convrewrite.blocks.base import BLOCKS, Block, conv_spec
@@ -36,7 +37,8 @@ CONVOLUTIONS: dict[str, tuple[int, int, tuple[int, int], int, dict[str, int | st
     "large map": (16, 16, (23, 40), 3, {"padding": 1}),
     "odd channels": (3, 7, (8, 8), 3, {"padding": 1}),
 }
-REGULAR = "3x3"
+REGULAR = {"conv": "3x3", "pool": "stride 2, even size"}
+"""A place that every block of a span takes."""
 
 
 def convolution(name: str) -> nn.Conv2d:
@@ -51,24 +53,29 @@ def places() -> list[tuple[str, str]]:
         for block, cls in BLOCKS.items()
         for name in CONVOLUTIONS
         for action in cls.actions
-        if cls.refuse(place(name, action), cls.Options()) is None
+        if cls.refuse(place(name, action, cls.span), cls.Options()) is None
     ]
 
 
-def place(name: str, action: str) -> Place:
+def stood_there(name: str, span: str, x: Tensor) -> Tensor:
+    """What comes out of the modules that a block replaces."""
+    y: Tensor = convolution(name)(x)
+    return F.max_pool2d(y, 3, 2, 1) if span == "pool" else y
+
+
+def place(name: str, action: str, span: str) -> Place:
     c_in, _, size, _, _ = CONVOLUTIONS[name]
     if action == "insert":
         return Place((2, c_in, *size), (2, c_in, *size))
-    conv = convolution(name)
-    shape = conv(torch.zeros(2, c_in, *size)).shape
-    return Place((2, c_in, *size), tuple(shape), conv_spec(conv))
+    shape = stood_there(name, span, torch.zeros(2, c_in, *size)).shape
+    return Place((2, c_in, *size), tuple(shape), conv_spec(convolution(name)))
 
 
 def build(block: str, where: str) -> tuple[Block, Place]:
     torch.manual_seed(0)
     action, name = where.split(" ", 1)
-    at = place(name, action)
     cls = BLOCKS.get(block)
+    at = place(name, action, cls.span)
     return cls(at, cls.Options()).eval(), at
 
 
@@ -88,7 +95,8 @@ once = pytest.mark.parametrize(("name", "where"), USUAL, ids=[b for b, _ in USUA
 def test_every_block_takes_a_plain_convolution_s_place_or_a_way_in() -> None:
     assert TAKEN
     for block in BLOCKS.names():
-        assert any(b == block and w.endswith(f" {REGULAR}") for b, w in TAKEN), block
+        regular = REGULAR[BLOCKS.get(block).span]
+        assert any(b == block and w.endswith(f" {regular}") for b, w in TAKEN), block
 
 
 def test_no_block_says_it_can_do_nothing() -> None:
@@ -125,7 +133,7 @@ def test_takes_other_sizes_than_the_planned(name: str, where: str) -> None:
     batch, channels, height, width = at.in_shape
     for size in ((height + 1, width + 2), (max(height - 1, 3), width + 19)):
         x = torch.randn(batch, channels, *size)
-        want = x.shape if action == "insert" else convolution(conv_name)(x).shape
+        want = x.shape if action == "insert" else stood_there(conv_name, type(block).span, x).shape
         assert block(x).shape == want
 
 

@@ -226,8 +226,8 @@ def test_together_means_that_every_call_must_match() -> None:
 
 
 def test_together_pick_counts_modules_and_not_calls() -> None:
-    result = match(SHARED, rules({"match": {"kernel": 3}, "shared": "together", "pick": {"every": 2}}))
-    assert taken(result) == ["a", "b"]
+    result = match(SHARED, rules({"match": {"kernel": 3}, "shared": "together", "pick": {"limit": 2}}))
+    assert taken(result) == ["a", "s@0"]
 
 
 def test_the_same_module_claimed_by_one_call_is_claimed_in_full() -> None:
@@ -411,8 +411,8 @@ def test_corrections_all_look_at_the_roles_as_found() -> None:
     file = rules(
         {"match": {"kernel": 3}},
         roles=[
-            {"match": {"role": "stem"}, "role": "head"},
             {"match": {"role": "downsample"}, "role": "stem"},
+            {"match": {"role": "stem"}, "role": "head"},
         ],
     )
     roles = [s.role for s in correct_roles(NET, file)]

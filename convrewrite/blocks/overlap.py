@@ -1,0 +1,167 @@
+"""The sum of outlook attention, over overlapping windows, without ever unfolding the map.
+
+The published form unfolds v to K^2 copies, multiplies each with a K^2 x K^2 matrix and folds the products back.
+Here the weights, which are small, are folded first: those of all centres that move v from pixel i to pixel j are
+one number, so what is left is one weighted sum over the (2K - 1)^2 offsets between the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from types import EllipsisType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from convrewrite.blocks.local import Pair
+
+
+def outlook(
+    values: Tensor, logits: Tensor, *, heads: int, window: int, step: int = 1, dilation: Pair = (1, 1), normalise: bool
+) -> Tensor:
+    """Outlook attention of given values and logits, without unfolding the values.
+
+        y_j = sum_i sum_p softmax_p( a_i[j - i, p] ) v_{i+p}
+
+    over the centres i (every step-th position) with j in their window, and the taps p of that window; v is 0
+    outside the map. The K^2 x K^2 weights of all centres that reach j are first summed into one weight for
+    each of the (2K - 1)^2 offsets from j, so that v is read (2K - 1)^2 times and never copied K^2 times.
+
+    Args:
+        values: v, (B, C, H, W).
+        logits: a, (B, N K^4, ceil(H / step), ceil(W / step)); channel (n K^2 + target) K^2 + source.
+        dilation: distance of the taps (vertical, horizontal); 1 unless step is.
+        normalise: divide y_j by the number of centres that write to j.
+
+    Returns:
+        (B, C, H, W), in the dtype of `values`.
+    """
+    b, c, h, w = values.shape
+    weights = _by_offset(_attention(logits, heads, window), (h, w), step, dilation)  # (B, N, (2K-1)^2, H, W)
+    y = _weighted_sum(values.contiguous().view(b, heads, c // heads, h, w), weights, 2 * window - 1, dilation).view(b, c, h, w)
+    if normalise:
+        rows, columns = (_writers(n, window, step, d, y) for n, d in ((h, dilation[0]), (w, dilation[1])))
+        y = y / (rows[:, None] * columns)
+    return y.to(values.dtype)
+
+
+def _attention(logits: Tensor, heads: int, window: int) -> Tensor:
+    """Softmax over the sources: (B, N, K, K, K, K, h, w), target row and column first, then the source's."""
+    b, _, h, w = logits.shape
+    weights = logits.contiguous().view(b, heads, window**2, window**2, h, w).softmax(3)
+    return weights.view(b, heads, window, window, window, window, h, w)
+
+
+def _by_offset(weights: Tensor, size: Pair, step: int, dilation: Pair) -> Tensor:
+    """One weight for each pixel j and offset from it: (B, N, (2K-1)^2, H, W)."""
+    result: Tensor = _ByOffset.apply(_at_every_pixel(weights, size, step), dilation)
+    return result
+
+
+class _ByOffset(torch.autograd.Function):
+    """(B, N, K, K, K, K, H, W) -> (B, N, (2K-1)^2, H, W): the weights of all centres that write to a pixel, summed.
+
+    By hand, as autograd would make a gradient of the whole input for each of the K^2 targets.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, dilation: Pair) -> Tensor:
+        b, heads, window, *_, h, w = weights.shape
+        ctx.shape, ctx.dilation = weights.shape, dilation
+        total = weights.new_zeros(b, heads, 2 * window - 1, 2 * window - 1, h, w)
+        for (row, column), here, there in _targets(window, h, w, dilation):
+            total[here] += weights[:, :, row, column][there]
+        return total.flatten(2, 3)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        b, heads, window, *_, h, w = ctx.shape
+        grad = grad.reshape(b, heads, 2 * window - 1, 2 * window - 1, h, w)
+        to_weights = grad.new_zeros(ctx.shape)
+        for (row, column), here, there in _targets(window, h, w, ctx.dilation):
+            to_weights[:, :, row, column][there] = grad[here]
+        return to_weights, None
+
+
+def _targets(
+    window: int, height: int, width: int, dilation: Pair
+) -> Iterator[tuple[Pair, tuple[slice | EllipsisType, ...], tuple[slice | EllipsisType, ...]]]:
+    """(target, where it adds to the summed weights, where its own weights for that lie), each over the last axes."""
+    for row, column in product(range(window), repeat=2):
+        down, right = (row - window // 2) * dilation[0], (column - window // 2) * dilation[1]
+        if abs(down) >= height or abs(right) >= width:
+            continue  # the target is outside the map for every centre on it
+        offsets = tuple(slice(window - 1 - at, 2 * window - 1 - at) for at in (row, column))
+        pixels = slice(max(0, down), height + min(0, down)), slice(max(0, right), width + min(0, right))
+        centres = slice(max(0, -down), height - max(0, down)), slice(max(0, -right), width - max(0, right))
+        yield (row, column), (..., *offsets, *pixels), (..., *centres)
+
+
+def _at_every_pixel(weights: Tensor, size: Pair, step: int) -> Tensor:
+    """Weights of centres `step` apart with zeros between them: (..., h, w) -> (..., H, W)."""
+    if step == 1:
+        return weights
+    flat = weights.flatten(0, 5)  # (*, h, w)
+    spread = F.pad(flat[..., None, :, None], (0, step - 1, 0, 0, 0, step - 1))  # (*, h, step, w, step)
+    spread = spread.flatten(1, 2).flatten(2)[:, : size[0], : size[1]]
+    return spread.reshape(*weights.shape[:-2], *size)
+
+
+def _weighted_sum(values: Tensor, weights: Tensor, side: int, dilation: Pair) -> Tensor:
+    """y_j = sum_o w_j[o] v_{j+o} over side x side offsets; values (B, N, d, H, W), weights (B, N, side^2, H, W)."""
+    result: Tensor = _WeightedSum.apply(values, weights, side, dilation)
+    return result
+
+
+class _WeightedSum(torch.autograd.Function):
+    """`_weighted_sum` with a backward of its own: autograd would make a padded gradient for each of the taps."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weights: Tensor, side: int, dilation: Pair) -> Tensor:
+        ctx.save_for_backward(values, weights)
+        ctx.side, ctx.dilation = side, dilation
+        padded = _padded(values, side, dilation)
+        y = values.new_zeros(values.shape, dtype=torch.promote_types(values.dtype, torch.float32))
+        for tap, rows, columns in _taps(values, side, dilation):
+            y.addcmul_(padded[..., rows, columns], weights[:, :, tap, None])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        values, weights = ctx.saved_tensors
+        padded = _padded(values, ctx.side, ctx.dilation)
+        to_values = torch.zeros_like(padded, dtype=grad.dtype)
+        to_weights = torch.zeros_like(weights)
+        products = torch.empty_like(grad)  # one for all taps: fresh memory costs more than the product
+        for tap, rows, columns in _taps(values, ctx.side, ctx.dilation):
+            to_values[..., rows, columns].addcmul_(grad, weights[:, :, tap, None])
+            to_weights[:, :, tap] = torch.mul(grad, padded[..., rows, columns], out=products).sum(2)
+        reach_y, reach_x = (ctx.side // 2 * d for d in ctx.dilation)
+        h, w = values.shape[-2:]
+        to_values = to_values[..., reach_y : reach_y + h, reach_x : reach_x + w]
+        return to_values.to(values.dtype), to_weights, None, None
+
+
+def _padded(values: Tensor, side: int, dilation: Pair) -> Tensor:
+    reach_y, reach_x = (side // 2 * d for d in dilation)
+    return F.pad(values, (reach_x, reach_x, reach_y, reach_y))
+
+
+def _taps(values: Tensor, side: int, dilation: Pair) -> Iterator[tuple[int, slice, slice]]:
+    """(tap, rows, columns) of the padded values for every offset that meets the map."""
+    h, w = values.shape[-2:]
+    for row, column in product(range(side), repeat=2):
+        down, right = row * dilation[0], column * dilation[1]
+        if abs(down - side // 2 * dilation[0]) < h and abs(right - side // 2 * dilation[1]) < w:
+            yield row * side + column, slice(down, down + h), slice(right, right + w)
+
+
+def _writers(size: int, window: int, step: int, dilation: int, like: Tensor) -> Tensor:
+    """How many centres of one axis write to each position, at least 1: (size,)."""
+    centre = torch.arange(0, size, step, device=like.device)
+    offset = torch.arange(size, device=like.device)[:, None] - centre
+    reached = (offset % dilation == 0) & (offset.abs() <= window // 2 * dilation)
+    return reached.sum(1).clamp(min=1).to(like.dtype)
