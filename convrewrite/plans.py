@@ -15,6 +15,9 @@ FORMAT = 1
 START = Literal["exact", "fitted", "fresh"]
 
 
+_NOT_NEAR = ("pick", "claimed", "rewritten", "shared", "op", "budget")
+
+
 @dataclass(frozen=True)
 class Edit:
     """One change at one site.
@@ -132,7 +135,7 @@ class Plan:
     @property
     def near_misses(self) -> tuple[Refusal, ...]:
         """Sites that one single clause of a rule rejected."""
-        return tuple(r for r in self.refused if r.failed == 1 and r.clause not in ("pick", "claimed", "rewritten"))
+        return tuple(r for r in self.refused if r.failed == 1 and r.clause not in _NOT_NEAR)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; each site is written once."""

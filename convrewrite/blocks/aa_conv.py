@@ -249,13 +249,13 @@ def _activations(place: Place, options: AAConvOptions) -> tuple[int, int]:
     height, width = _attended(place, options)
     positions, outputs = height * width, math.prod(place.out_shape[2:])
     extra = height + width if options.position == "relative" else 0
-    projected, joined = 2 * keys + values, 2 * (keys + heads * extra)
+    joined = 2 * (keys + heads * extra)  # q and k with their position terms
     if holds_logits(positions, keys // heads):
-        peak = projected + joined + 2 * heads * positions
+        peak = joined + heads * positions + max(heads * positions, 2 * values)
         kept = joined + heads * positions + values
     else:
-        peak = projected + 4 * heads * streamed_width(keys // heads + extra, values // heads)
-        kept = peak - projected
-    sampled = c_in if options.pool == 2 or place.conv.stride != (1, 1) else 0
-    train = positions * (kept + sampled + keys + 2 * values)
-    return max(positions * (peak + sampled), outputs * 2 * c_out), train
+        peak = kept = heads * (4 * streamed_width(keys // heads + extra, values // heads) + 1)
+    own = c_in if options.position == "absolute" or options.pool == 2 else 0  # a map of the attention's own
+    peak += 2 * keys + values + own
+    kept += c_in + values + (2 * keys if extra else 0)
+    return max(positions * peak, outputs * 2 * c_out), positions * kept

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -162,12 +160,12 @@ def _activations(place: Place, options: MHSAOptions) -> tuple[int, int]:
     dim = channels // heads
     height, width = _map(place)
     positions = height * width
-    joined = 2 * (channels + heads * (height + width))
+    joined = 2 * (channels + heads * (height + width))  # q and k with their position terms
     if holds_logits(positions, dim):
-        peak = 3 * channels + joined + 2 * heads * positions
-        kept = joined + heads * positions + 2 * channels
+        peak = joined + heads * positions + max(heads * positions, 2 * channels)
+        kept = joined + heads * positions + channels
     else:
-        common = heads * streamed_width(dim + height + width, dim)
-        peak, kept = 3 * channels + 4 * common, 4 * common + channels
-    pooled = math.prod(place.out_shape[1:])
-    return max(positions * peak, positions * channels + pooled), positions * kept
+        peak = kept = heads * (4 * streamed_width(dim + height + width, dim) + 1)
+    peak += 3 * channels
+    kept += place.in_shape[1] + 2 * channels + (channels if place.conv.stride != (1, 1) else 0)
+    return positions * peak, positions * kept

@@ -46,8 +46,11 @@ def relative_attention(
     batch, height, width, heads, dim = q.shape
     whole = holds_logits(height * width, dim) and q.dtype in (torch.float32, torch.float64)
     q, k = (t.permute(0, 3, 1, 2, 4) for t in (q, k))  # (B, N, H, W, d); joining them makes the one copy needed
-    q = _with_position(q, q * scale, rows, columns, scale if scale_position else 1.0)
-    k = _with_one_hots(k, rows, columns)
+    terms = _position(q, rows, columns, scale if scale_position else 1.0)
+    width = dim + sum(term.shape[4] for term in terms)
+    spare = 0 if whole else streamed_width(width, v.shape[4]) - width
+    q = _joined([q * scale, *terms], spare)
+    k = _joined([k, *_one_hots(k, rows, columns)], spare)
     out = (_whole if whole else _streamed)(q, k, v.flatten(1, 2).transpose(1, 2))  # (B, N, H*W, dv)
     return out.transpose(1, 2).reshape(batch, height, width, heads, v.shape[-1])
 
@@ -87,28 +90,30 @@ def resized(table: Tensor, size: int) -> Tensor:
     return (weight @ table.to(dtype)).to(table.dtype)
 
 
-def _with_position(q: Tensor, content: Tensor, rows: Tensor | None, columns: Tensor | None, scale: float) -> Tensor:
-    """(B, N, H*W, d + H + W): `content`, and scale q . r of every row and every column."""
-    parts = [content]
+def _position(q: Tensor, rows: Tensor | None, columns: Tensor | None, scale: float) -> list[Tensor]:
+    """scale q . r of every row, (B, N, H, W, H), and of every column, (B, N, H, W, W)."""
+    terms = []
     if rows is not None:
         table = (by_pair(resized(rows, q.shape[2])) * scale).to(q.dtype)  # (H, H, d)
-        parts.append(torch.einsum("bnyxd,yed->bnyxe", q, table).to(q.dtype))
+        terms.append(torch.einsum("bnyxd,yed->bnyxe", q, table).to(q.dtype))
     if columns is not None:
         table = (by_pair(resized(columns, q.shape[3])) * scale).to(q.dtype)  # (W, W, d)
-        parts.append(torch.einsum("bnyxd,xed->bnyxe", q, table).to(q.dtype))
-    return torch.cat(parts, -1).flatten(2, 3)
+        terms.append(torch.einsum("bnyxd,xed->bnyxe", q, table).to(q.dtype))
+    return terms
 
 
-def _with_one_hots(k: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-    """(B, N, H*W, d + H + W): k, which row a key is in, and which column."""
+def _one_hots(k: Tensor, rows: Tensor | None, columns: Tensor | None) -> list[Tensor]:
+    """Which row a key is in, (B, N, H, W, H), and which column, (B, N, H, W, W)."""
     batch, heads, height, width, _ = k.shape
-    parts = [k]
-    if rows is not None:
-        hot = torch.eye(height, device=k.device, dtype=k.dtype)[:, None]
-        parts.append(hot.expand(batch, heads, height, width, height))
-    if columns is not None:
-        hot = torch.eye(width, device=k.device, dtype=k.dtype)
-        parts.append(hot.expand(batch, heads, height, width, width))
+    row, column = (torch.eye(size, device=k.device, dtype=k.dtype) for size in (height, width))
+    hots = [] if rows is None else [row[:, None].expand(batch, heads, height, width, height)]
+    return hots if columns is None else [*hots, column.expand(batch, heads, height, width, width)]
+
+
+def _joined(parts: list[Tensor], spare: int) -> Tensor:
+    """Parts (B, N, H, W, c) and `spare` zeros side by side: (B, N, H*W, sum of c + spare)."""
+    if spare:
+        parts = [*parts, parts[0].new_zeros(spare).expand(*parts[0].shape[:4], spare)]
     return torch.cat(parts, -1).flatten(2, 3)
 
 
@@ -118,8 +123,6 @@ def _whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _streamed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """SDPA at one common width: on CPU and GPU its kernels hold all logits if values and keys differ in width."""
-    width, value_width = q.shape[-1], v.shape[-1]
-    common = streamed_width(width, value_width)
-    q, k = (F.pad(t, (0, common - width)) if common > width else t for t in (q, k))
-    v = F.pad(v, (0, common - value_width)) if common > value_width else v
-    return F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :value_width]
+    width = v.shape[-1]
+    v = F.pad(v, (0, q.shape[-1] - width))
+    return F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :width]

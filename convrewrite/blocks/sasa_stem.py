@@ -83,6 +83,9 @@ class SASAStem(Block):
             return "sasa_stem can only replace a stem, not be inserted"
         if place.conv.groups > 1:
             return f"convolution has {place.conv.groups} groups, sasa_stem mixes all channels (groups must be 1)"
+        if place.conv.stride != (2, 2):
+            stride = "x".join(map(str, place.conv.stride))
+            return f"the stem's convolution has stride {stride}, sasa_stem replaces one of 2x2 and a pooling after it"
         (height, width), (out_height, out_width) = place.in_shape[2:], place.out_shape[2:]
         if (out_height, out_width) != (-(-height // SIDE), -(-width // SIDE)):
             return (
