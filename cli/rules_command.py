@@ -78,10 +78,10 @@ def new(name: str, overwrite: bool) -> None:
 @click.option("--verbose", "-v", is_flag=True, help="Also the tests that pass.")
 @clean_errors
 def test(names: tuple[str, ...], verbose: bool) -> None:
-    """Run the tests that rule files carry: matched, missing and noisy sites per model. All built-in files by default."""
-    from convrewrite.rulefile import builtin_names, load_rules
-
+    """Run the tests that rule files carry: matched, missing, noisy sites per model. All built-in files by default."""
     from tqdm import tqdm
+
+    from convrewrite.rulefile import builtin_names, load_rules
 
     failed = ran = 0
     for name in names or builtin_names():

@@ -31,6 +31,7 @@ FUNCTIONAL_CONVS: dict[Any, str] = {
     nn.functional.conv_transpose2d: "conv_transpose2d",
     nn.functional.conv_transpose3d: "conv_transpose3d",
 }
+_KEEPS_SHAPE = {nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Sigmoid, nn.Dropout, nn.Identity}
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.nn.quantized", "torchao.nn")
 _RETRIES = 64
 
@@ -284,9 +285,20 @@ class _ShapeRun(fx.Interpreter):
         self.shapes = region.shapes
 
     def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
+        result = self._same_shape(n)
+        if result is None:
+            result = super().run_node(n)
         self.shapes[n] = _shape_of(result)
         return result
+
+    def _same_shape(self, n: fx.Node) -> Tensor | None:
+        """The input itself for modules that keep its shape: half of the time goes into batch norms otherwise."""
+        if n.op != "call_module" or len(n.args) != 1 or n.kwargs or not isinstance(n.args[0], fx.Node):
+            return None
+        module, value = self.fetch_attr(str(n.target)), self.env[n.args[0]]
+        if type(module) is nn.BatchNorm2d and isinstance(value, Tensor):
+            return value if value.dim() == 4 and value.shape[1] == module.num_features else None
+        return value if type(module) in _KEEPS_SHAPE and isinstance(value, Tensor) else None
 
 
 class _Recorder(TorchFunctionMode):

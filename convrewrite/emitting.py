@@ -79,19 +79,28 @@ class Breaks:
 
 
 def graph_breaks(original: nn.Module | None, rewritten: nn.Module, example: tuple[Any, ...]) -> Breaks:
-    """Count the graph breaks that ``torch.compile`` meets in both."""
-    counts: list[int] = []
-    reasons: tuple[str, ...] = ()
-    for model in (original, rewritten):
-        if model is None:
-            counts.append(0)
-            continue
-        torch._dynamo.reset()
-        explained = torch._dynamo.explain(light_copy(model).eval())(*example)
-        counts.append(explained.graph_break_count)
-        reasons = tuple(str(r.reason).splitlines()[0] for r in explained.break_reasons)
+    """Count the graph breaks that ``torch.compile`` meets in both, in eval mode; None counts as no breaks.
+
+    Raises:
+        EditError: the tracer of ``torch.compile`` fails on one of them.
+    """
+    before, _ = _breaks_of(original, example) if original is not None else (0, ())
+    after, reasons = _breaks_of(rewritten, example)
+    return Breaks(before, after, reasons)
+
+
+def _breaks_of(model: nn.Module, example: tuple[Any, ...]) -> tuple[int, tuple[str, ...]]:
     torch._dynamo.reset()
-    return Breaks(counts[0], counts[1], reasons)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the tracer touches what warns, such as the .grad of inner tensors
+            found = torch._dynamo.explain(light_copy(model).eval())(*example)
+    except Exception as error:
+        first = (str(error) or repr(error)).strip().splitlines()[0]
+        raise EditError(f"cannot be traced: {type(error).__name__}: {first}", where="compile") from error
+    finally:
+        torch._dynamo.reset()
+    return found.graph_break_count, tuple(str(r.reason).splitlines()[0] for r in found.break_reasons)
 
 
 def write_onnx(model: nn.Module, example: tuple[Any, ...], path: Path) -> None:

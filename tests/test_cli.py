@@ -1,4 +1,4 @@
-"""The command line: what it prints, how it exits, and that whatever goes wrong is one line and leaves nothing behind."""
+"""The command line: what it prints, how it exits; what goes wrong is one line and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
+from convrewrite.cli.main import COMMANDS, main
 
 import convrewrite as cr
-from convrewrite.cli.main import COMMANDS, main
 
 NETS = Path(__file__).parent / "nets.py"
 NET = f"{NETS}:Residual"
@@ -193,6 +193,7 @@ def test_emit_compiled_counts_graph_breaks(tmp_path: Path) -> None:
     assert "compile: 0 graph breaks, 0 before" in result.stderr
 
 
+@pytest.mark.slow
 def test_emit_onnx_runs_elsewhere_with_the_same_output(tmp_path: Path) -> None:
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -419,7 +420,9 @@ def test_ctrl_c_while_the_model_is_built_ends_in_one_line(tmp_path: Path) -> Non
     assert_clean_abort(child, tmp_path, {"slow.py", "__pycache__"} & {p.name for p in tmp_path.iterdir()})
 
 
-@pytest.mark.parametrize(("module", "name"), [("convrewrite.pipeline", "check"), ("convrewrite.store", "write_tensors")])
+@pytest.mark.parametrize(
+    ("module", "name"), [("convrewrite.pipeline", "check"), ("convrewrite.store", "write_tensors")]
+)
 def test_ctrl_c_while_checking_or_writing_leaves_nothing(module: str, name: str, tmp_path: Path) -> None:
     code = INTERRUPTED.format(module=module, name=name)
     assert_clean_abort(process("apply", NET, *RULES, "--out", tmp_path / "model", code=code), tmp_path, set())

@@ -118,12 +118,13 @@ class FunctionalDropout(Residual):
         return self.head(F.dropout(self.forward_features(x).mean((2, 3)), 0.5, self.training))
 
 
-class Printing(Residual):
-    """Forces a graph break in its forward."""
+class Breaking(Residual):
+    """Forces a graph break between features and head; one before the first operation would split nothing."""
 
     def forward(self, x: Tensor) -> Tensor:
+        y = self.forward_features(x)
         torch._dynamo.graph_break()
-        return super().forward(x)
+        return self.head(y.mean((2, 3)))
 
 
 @pytest.mark.parametrize("net", [Switching, FunctionalDropout])
@@ -141,13 +142,11 @@ def test_blocks_stay_modules_in_the_graph() -> None:
 
 
 def test_a_rewrite_adds_no_graph_break_and_those_of_the_original_are_counted() -> None:
-    x = torch.randn(SHAPE)
-    plain, breaking = Residual(), Printing()
-    counts = [graph_breaks(m, cr.rewrite(m, "acmix", example=SHAPE).model, (x,)) for m in (plain, breaking)]
-    assert [(c.before, c.after) for c in counts] == [(0, 0), (1, 1)]
-    assert counts[1].reasons
-    assert graph_breaks(plain, breaking, (x,)).after == 1  # a break that was added would be seen
-    assert graph_breaks(None, breaking, (x,)).before == 0
+    x, breaking = torch.randn(SHAPE), Breaking()
+    kept = graph_breaks(breaking, cr.rewrite(breaking, "acmix", example=SHAPE).model, (x,))
+    assert (kept.before, kept.after, len(kept.reasons)) == (1, 1, 1)
+    added = graph_breaks(Residual(), breaking, (x,))  # a break that was added would be seen
+    assert (added.before, added.after) == (0, 1)
 
 
 def test_module_is_the_model_itself_and_every_other_form_has_an_emitter() -> None:
@@ -160,7 +159,13 @@ def test_an_unknown_form_and_a_wrong_example_are_errors_of_one_line(tmp_path: Pa
     model = rewritten()
     with pytest.raises(ConvrewriteError, match="did you mean 'graph'"):
         emit(model, "grap", ())
-    for broken in (lambda: emit(model, "exported", (torch.randn(2, 4, 8, 8),)),):
-        with pytest.raises(EditError, match="cannot be emitted as exported") as caught:
-            broken()
+    wrong = (torch.randn(2, 4, 8, 8),)
+    calls: list[Callable[[], object]] = [
+        lambda: emit(model, "exported", wrong),
+        lambda: graph_breaks(None, model, wrong),
+        lambda: write_onnx(model, wrong, tmp_path / "model.onnx"),
+    ]
+    for call in calls:
+        with pytest.raises(EditError) as caught:
+            call()
         assert "\n" not in str(caught.value)

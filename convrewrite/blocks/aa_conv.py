@@ -30,8 +30,11 @@ class AAConvOptions(BlockOptions):
         default="relative",
         description="learned vectors of the offset; coordinates as three more input channels; or nothing",
     )
-    pool: Literal[1, 2] = Field(
-        default=1, description="2 attends on the 3 x 3 average-pooled map of half the size and scales the result up"
+    pool: int = Field(
+        default=1,
+        ge=1,
+        le=2,
+        description="2 attends on the 3 x 3 average-pooled map of half the size and scales the result up",
     )
 
 
@@ -70,7 +73,7 @@ class AAConv(Block):
         + B L ( 2 C_in (2 d_k + d_v) + 2 L (d_k + d_v) + 2 d_k (h + w) + 2 d_v^2 )      no h + w unless relative
 
     Reference:
-        Bello et al. 2019, arXiv 1904.09925, equations 1 to 5: our rH, rW are r^H, r^W; N is N_h. The floor of 20
+        Bello et al. 2019, arXiv 1904.09925: our rH, rW are r^H, r^W; N is N_h. The floor of 20
         channels a head makes the paper's parameter counts come out (25.8, 45.4 and 61.6 M for ResNet-50, 101, 152).
         The paper does not say which stride, which border of the pooling or which interpolation: its 8.3 GFLOPs
         for ResNet-50 need pooling in the 28 x 28 stage (8.41 by this formula, 9.44 without).
@@ -79,7 +82,8 @@ class AAConv(Block):
         - The paper's listing draws r with mean D^-.5 and deviation 1, its argument order being mixed up; here the
           mean is 0 and the deviation D^-.5.
         - leaderj1001/Attention-Augmented-Conv2d ("in paper" variant) makes new random tables in every forward, so they
-          are never trained; its relative logits are these. Its output heads swap channels and positions: attention
+          are never trained, and scales q in place on a view from torch.split, which PyTorch refuses where gradients
+          are wanted; its relative logits are these. Its output heads swap channels and positions: attention
           (L, d) is reshaped, not transposed, to (d, H, W).
     """
 

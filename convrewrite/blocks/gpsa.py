@@ -72,7 +72,7 @@ class GPSA(Block):
         B 2 N ( Q C_in C_out + (Q + L) C_in D + Q L (D + C_in) + (Ho L + Q W) C_in )
 
     Reference:
-        d'Ascoli et al. 2021, arXiv 2103.10697 (ConViT), equations 5 to 7, and 2106.05795 (Transformed CNNs). g is
+        d'Ascoli et al. 2021, arXiv 2103.10697 (ConViT), and 2106.05795 (Transformed CNNs). g is
         1 - sigmoid(lambda) there: a sigmoid can neither be exactly 1 nor learn near it, so here the gate itself is
         learned, from 1 - sigmoid(1). V_h is W_out W_V of the papers' head h, at full width.
 
@@ -133,21 +133,24 @@ class GPSA(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-        pixels = x.permute(0, 2, 3, 1)  # (B, H, W, C_in)
-        near, far = self._by_position(pixels), self._by_content(x)
-        seen = torch.addcmul(near, self.gate.to(near.dtype).view(1, -1, 1, 1, 1), far.to(near.dtype) - near)
-        seen = seen.permute(0, 2, 3, 1, 4).flatten(3)  # (B, Ho, Wo, N*C_in)
+        seen = self._seen(x).permute(0, 2, 3, 1, 4).flatten(3)  # (B, Ho, Wo, N*C_in)
         y = F.linear(seen, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
         return y if channels_last else y.contiguous()
+
+    def _seen(self, x: Tensor) -> Tensor:
+        """What each head sees of x, (B, N, Ho, Wo, C_in)."""
+        near, far = self._by_position(x.permute(0, 2, 3, 1)), self._by_content(x)
+        far = far.to(near.dtype) - near
+        return torch.addcmul(near, self.gate.to(near.dtype).view(1, -1, 1, 1, 1), far)
 
     def _by_position(self, pixels: Tensor) -> Tensor:
         """sum_j P_h(i, j) X_j, (B, N, Ho, Wo, C_in)."""
         left, _, top, _ = self.spec.padding
-        _, height, width, _ = pixels.shape
+        batch, height, width, channels = pixels.shape
         rows = self._axis_softmax(0, height)[:, :, top : top + height].to(pixels.dtype)  # (N, Ho, H)
         columns = self._axis_softmax(1, width)[:, :, left : left + width].to(pixels.dtype)  # (N, Wo, W)
-        lines = torch.einsum("nyh,bhwc->bnywc", rows, pixels)
-        return torch.matmul(columns[:, None], lines)
+        lines = torch.matmul(rows.flatten(0, 1), pixels.flatten(2))  # (B, N*Ho, W*C_in)
+        return torch.matmul(columns[:, None], lines.view(batch, self.heads, rows.shape[1], width, channels))
 
     def _axis_softmax(self, axis: int, size: int) -> Tensor:
         """P along one axis over the zero-padded map, (N, queries, before + size + after), in float32 or wider."""
@@ -168,17 +171,19 @@ class GPSA(Block):
         centres = at_centres(x, self.spec)
         batch, channels, height, width = centres.shape
         to_q, to_k = self.qk.weight.flatten(1).chunk(2)
-        q, k = (
-            F.linear(t.flatten(2).transpose(1, 2), weight).view(batch, -1, self.heads, self.key_dim).transpose(1, 2)
-            for t, weight in ((centres, to_q), (x, to_k))
-        )  # (B, N, Q, D), (B, N, L, D)
-        values = x.flatten(2).transpose(1, 2).to(q.dtype)  # (B, L, C_in), the same for all heads
+        q, k = self._project(centres, to_q), self._project(x, to_k)  # (B, N, Q, D), (B, N, L, D)
+        values = x.flatten(2).transpose(1, 2).to(q.dtype).contiguous()  # (B, L, C_in), the same for all heads
         if _holds_logits(values.shape[1], channels) and q.dtype in (torch.float32, torch.float64):
             weights = torch.matmul(q * self.key_dim**-0.5, k.transpose(2, 3)).softmax(-1)  # (B, N, Q, L)
             out = torch.bmm(weights.flatten(1, 2), values)
         else:
             out = _streamed(q, k, values, self.key_dim**-0.5)
         return out.reshape(batch, self.heads, height, width, channels)
+
+    def _project(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x (B, C_in, h, w) -> (B, N, h*w, D)."""
+        tokens = F.linear(x.flatten(2).transpose(1, 2), weight)
+        return tokens.view(*tokens.shape[:2], self.heads, self.key_dim).transpose(1, 2)
 
     @classmethod
     def cost(cls, place: Place, options: BlockOptions) -> Cost:
@@ -190,20 +195,32 @@ class GPSA(Block):
         keys, queries = height * width, out_height * out_width
         flops = queries * c_in * c_out + (queries + keys) * c_in * dim + queries * keys * (dim + c_in)
         flops += (out_height * keys + queries * width) * c_in
-        projected, lines, seen = (queries + keys) * dim, out_height * width * c_in, queries * c_in  # for each head
-        if _holds_logits(keys, c_in):
-            peak = seen + projected + queries * dim + 2 * queries * keys
-            kept = projected + queries * keys
-        else:
-            padded = (2 * queries + keys) * max(dim, c_in)
-            peak, kept = seen + projected + padded, padded
-        sampled = c_in * queries if place.conv.stride != (1, 1) else 0
+        infer, train = _activations(place, dim)
         return Cost(
             params=heads * (c_in * c_out + 2 * dim * c_in + 4) + (c_out if place.conv.bias else 0),
             flops=batch * 2 * heads * flops,
-            act_infer=FLOAT_BYTES * batch * (heads * max(peak, 4 * seen, seen + lines) + sampled),
-            act_train=FLOAT_BYTES * batch * (heads * (kept + lines + 2 * seen) + sampled),
+            act_infer=FLOAT_BYTES * infer,
+            act_train=FLOAT_BYTES * train,
         )
+
+
+def _activations(place: Place, dim: int) -> tuple[int, int]:
+    """Elements alive at once in inference and kept for the backward pass."""
+    assert place.conv is not None
+    batch, c_in, height, width = place.in_shape
+    c_out, out_height, out_width = place.out_shape[1:]
+    heads, keys, queries = math.prod(place.conv.kernel), height * width, out_height * out_width
+    seen, lines, weight = queries * c_in, out_height * width * c_in, heads * c_in * c_out  # the weight is permuted
+    if _holds_logits(keys, c_in):
+        inner = 2 * (queries + keys) * dim + queries * keys + max(queries * keys, seen)
+        kept = (queries + keys) * dim + queries * keys
+    else:
+        inner = (queries + keys) * dim + (2 * queries + keys) * max(dim, c_in)
+        kept = (2 * queries + keys) * max(dim, c_in)
+    peak = batch * heads * max(seen + inner, 3 * seen, seen + lines + queries * width)
+    last = batch * (heads * seen + c_out * queries) + weight
+    shared = c_in * (3 * keys + queries)  # x, the values, x of the queries, x of the positions
+    return max(peak, last), batch * (heads * (kept + lines + 2 * seen + queries * width) + shared) + weight
 
 
 def _streamed(q: Tensor, k: Tensor, values: Tensor, scale: float) -> Tensor:

@@ -55,13 +55,13 @@ class MHSA(Block):
         B HW ( 6 C_in C_out + 4 HW C_out + 2 C_out (H + W) )
 
     Reference:
-        Srinivas et al. 2021, arXiv 2101.11605, figure 4 and section 3; the relative logits are those of Bello et
+        Srinivas et al. 2021, arXiv 2101.11605; the relative logits are those of Bello et
         al. 2019, arXiv 1904.09925. ResNet-50 with it in the last stage has 20,859,176 parameters with tables for
         14 x 14 in all three blocks (table: 14), as where that stage has stride 1; 20,852,008 with the planned sizes.
 
     Facts found in published code:
-        - The authors scale q before both products. timm's `BottleneckAttn` scales the position term only with
-          scale_pos_embed, off by default: that is scale_position off here.
+        - timm's `BottleneckAttn` scales the position term only with scale_pos_embed, off by default: that is
+          scale_position off here. AA-Conv's listing, from which the term comes, scales q before both products.
         - timm's takes the one map size it was made for, and pools with `AvgPool2d(2, 2)`, which for odd sizes returns
           less than the strided convolution does.
     """

@@ -188,15 +188,18 @@ def refuse_window(channels: int, heads: int | None, window: int, step: int) -> s
     """Why outlook attention cannot have these numbers, or None."""
     if window % 2 == 0:
         return f"window {window} is even, outlook needs a centre (an odd one)"
-    if step > window:
-        return f"step {step} with window {window} leaves out pixels (step must be at most the window)"
+    if step > window // 2 + 1:  # the last centre may lie step - 1 before the end
+        return f"step {step} with window {window} leaves out pixels (step must be at most {window // 2 + 1})"
     if heads and channels % heads:
         return f"{channels} channels not divisible by {heads} heads"
     return None
 
 
 def outlook_cost(c_in: int, c_out: int, heads: int, window: int, step: int, size: Pair) -> tuple[int, int, int, int]:
-    """(parameters, FLOPs, elements alive in inference, elements kept in training) of `gather`, for one image."""
+    """(parameters, FLOPs, elements alive in inference, elements kept in training) of `gather`, for one image.
+
+    The scaled copy of W_a, kept in training whatever the batch, is left out.
+    """
     pixels, centres = size[0] * size[1], -(-size[0] // step) * -(-size[1] // step)
     made, spread = centres * heads * window**4, pixels * heads * window**4
     summed = pixels * heads * (2 * window - 1) ** 2
@@ -204,8 +207,8 @@ def outlook_cost(c_in: int, c_out: int, heads: int, window: int, step: int, size
     flops = 2 * pixels * c_out * (c_in + (2 * window - 1) ** 2) + 2 * centres * c_in * heads * window**4
     pooled = centres * c_in if step > 1 else 0
     values = pixels * c_out
-    between = 2 * spread if step > 1 else 0
-    infer = values + max(pooled + 2 * made, made + between, made + spread + summed, summed + padded + values)
+    between = spread if step > 1 else 0
+    infer = values + max(pooled + 2 * made, made + between + summed, summed + padded + values)
     return c_in * c_out + (c_in + 1) * heads * window**4, flops, infer, values + pooled + made + summed
 
 

@@ -91,8 +91,7 @@ class Outlooker(Block):
         return refuse_window(place.in_shape[1], options.heads, options.window, options.step)
 
     def forward(self, x: Tensor) -> Tensor:
-        attended: Tensor = self.attn(_channels_first(self.norm1, x))
-        x = x + attended.to(x.dtype)
+        x = x + self.attn(_channels_first(self.norm1, x)).to(x.dtype)
         tokens = self.norm2(x.permute(0, 2, 3, 1))  # (B, H, W, C)
         mixed: Tensor = self.mlp(tokens)
         return x + mixed.permute(0, 3, 1, 2).to(x.dtype)

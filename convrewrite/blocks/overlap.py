@@ -40,8 +40,12 @@ def outlook(
         (B, C, H, W), in the dtype of `values`.
     """
     b, c, h, w = values.shape
-    weights = _by_offset(_attention(logits, heads, window), (h, w), step, dilation)  # (B, N, (2K-1)^2, H, W)
-    y = _weighted_sum(values.contiguous().view(b, heads, c // heads, h, w), weights, 2 * window - 1, dilation).view(b, c, h, w)
+    weights = _attention(logits, heads, window)
+    del logits  # the largest tensor here; inference needs it no more
+    weights = _by_offset(weights, (h, w), step, dilation)  # (B, N, (2K-1)^2, H, W)
+    y = _weighted_sum(values.contiguous().view(b, heads, c // heads, h, w), weights, 2 * window - 1, dilation).view(
+        b, c, h, w
+    )
     if normalise:
         rows, columns = (_writers(n, window, step, d, y) for n, d in ((h, dilation[0]), (w, dilation[1])))
         y = y / (rows[:, None] * columns)
@@ -160,8 +164,8 @@ def _taps(values: Tensor, side: int, dilation: Pair) -> Iterator[tuple[int, slic
 
 
 def _writers(size: int, window: int, step: int, dilation: int, like: Tensor) -> Tensor:
-    """How many centres of one axis write to each position, at least 1: (size,)."""
+    """How many centres of one axis write to each position: (size,)."""
     centre = torch.arange(0, size, step, device=like.device)
     offset = torch.arange(size, device=like.device)[:, None] - centre
     reached = (offset % dilation == 0) & (offset.abs() <= window // 2 * dilation)
-    return reached.sum(1).clamp(min=1).to(like.dtype)
+    return reached.sum(1).to(like.dtype)

@@ -47,10 +47,11 @@ def relative_attention(
     whole = holds_logits(height * width, dim) and q.dtype in (torch.float32, torch.float64)
     q, k = (t.permute(0, 3, 1, 2, 4) for t in (q, k))  # (B, N, H, W, d); joining them makes the one copy needed
     terms = _position(q, rows, columns, scale if scale_position else 1.0)
-    width = dim + sum(term.shape[4] for term in terms)
-    spare = 0 if whole else streamed_width(width, v.shape[4]) - width
+    joined = dim + sum(term.shape[4] for term in terms)
+    spare = 0 if whole else streamed_width(joined, v.shape[4]) - joined
     q = _joined([q * scale, *terms], spare)
     k = _joined([k, *_one_hots(k, rows, columns)], spare)
+    del terms  # as large as they are, inference needs them no more
     out = (_whole if whole else _streamed)(q, k, v.flatten(1, 2).transpose(1, 2))  # (B, N, H*W, dv)
     return out.transpose(1, 2).reshape(batch, height, width, heads, v.shape[-1])
 

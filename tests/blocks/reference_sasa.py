@@ -70,7 +70,9 @@ def _sasa_pixel(
     result = x.new_zeros(heads, dim)
     for n in range(heads):
         logits, values = [], []
-        for (row, dy), (column, dz) in product(enumerate(taps(window, dilation[0])), enumerate(taps(window, dilation[1]))):
+        for (row, dy), (column, dz) in product(
+            enumerate(taps(window, dilation[0])), enumerate(taps(window, dilation[1]))
+        ):
             at = y + dy, z + dz
             inside = 0 <= at[0] < x.shape[1] and 0 <= at[1] < x.shape[2]
             if not inside and border == "masked":

@@ -162,7 +162,7 @@ def test_smaller_resnets_have_the_parameters_of_the_paper_s_table(
 
 
 def test_resnet50_takes_the_paper_s_seven_gflops() -> None:
-    resnet50 = 8_178_892_800 + 0  # 2 per multiply-add of torchvision's resnet50 at 224, convolutions and the last layer
+    resnet50 = 8_178_368_512  # torchvision's at 224 x 224, as torch's own FlopCounterMode has it
     assert resnet50 + _rewritten((3, 4, 6, 3))[1] == pytest.approx(6.97e9, rel=0.01)
 
 
@@ -190,7 +190,10 @@ REFUSED: dict[str, tuple[Place, dict[str, Any]]] = {
         {"position": "absolute"},
     ),
     "sasa can only replace a convolution, not be inserted": (Place((1, 8, 8, 8), (1, 8, 8, 8)), {}),
-    "the convolution's output is empty (0 x 0)": (Place((1, 8, 2, 2), (1, 8, 0, 0), ConvSpec(8, 8, (3, 3))), {}),
+    "the convolution's output is empty (0 x 0)": (
+        Place((1, 8, 2, 2), (1, 8, 0, 0), ConvSpec(8, 8, (3, 3))),
+        {"heads": 2},
+    ),
 }
 
 
@@ -248,7 +251,7 @@ def test_the_stem_equals_its_equation_block_by_block(size: tuple[int, int], head
 @pytest.mark.parametrize("size", [(4, 4), (5, 3)])
 def test_the_stem_s_gradients_are_those_of_finite_differences(size: tuple[int, int]) -> None:
     where = stem_place(size, channels=4)
-    assert gradients_match(awake(SASAStem, where, heads=2, mixtures=2), sample(where))
+    assert gradients_match(awake(SASAStem, where, heads=2, mixtures=2), sample(where)[:1])
 
 
 def test_a_transposed_map_with_exchanged_embeddings_gives_the_stem_s_transposed_result() -> None:
@@ -265,6 +268,7 @@ def test_a_transposed_map_with_exchanged_embeddings_gives_the_stem_s_transposed_
 def test_pixels_beyond_the_map_do_not_enter_the_stem_s_statistics() -> None:
     """In training BN sees the H x W pixels alone: the same as of a map cut into blocks by hand."""
     block = awake(SASAStem, stem_place((5, 4)), heads=2, mixtures=1).train()
+    assert block.norm.running_mean is not None
     before = block.norm.running_mean.clone()
     seen: list[torch.Tensor] = []
     block.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
