@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ import pytest
 
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
 """Largest |actual - expected| / max |expected| by dtype. Where no arithmetic changed, compare bitwise instead."""
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run in several processes; threads would only collide
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -247,8 +247,8 @@ BAD = [
     ),
     (RULE + "tests: [{sites: 0}]\n", ["f.yaml:6: tests[0].model: missing"]),
     (
-        RULE + "extends: gone\n",
-        ["f.yaml:6: extends[0]: no rule file 'gone'; give a path, or one of the built-in files: BUILTIN"],
+        RULE + "extends: qqqqqqqq\n",
+        ["f.yaml:6: extends[0]: no rule file 'qqqqqqqq'; give a path, or one of the built-in files: BUILTIN"],
     ),
 ]
 
