@@ -99,7 +99,8 @@ def capture(model: nn.Module, example: tuple[Any, ...]) -> Captured:
     errors: list[str] = []
     for method in ("meta", "fake", "real"):
         try:
-            return _capture_by(method, model, example)
+            with torch.random.fork_rng(devices=_cuda_devices(model)):  # dropout draws, the caller's numbers stay
+                return _capture_by(method, model, example)
         except CaptureError:
             raise
         except Exception as error:
@@ -109,6 +110,11 @@ def capture(model: nn.Module, example: tuple[Any, ...]) -> Captured:
         where=type(model).__name__,
         fix="give a fitting input (--input NxCxHxW or example=...)",
     )
+
+
+def _cuda_devices(model: nn.Module) -> list[int]:
+    """The CUDA devices that the model's parameters are on."""
+    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
 
 
 def light_copy(model: nn.Module) -> nn.Module:

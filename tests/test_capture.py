@@ -119,3 +119,21 @@ def test_a_model_on_the_meta_device_can_be_inspected() -> None:
     with torch.device("meta"):
         model = Residual()
     assert len(cr.inspect(model, example=SHAPE)) == 14
+
+
+def test_a_real_run_during_capture_leaves_the_callers_random_numbers_alone() -> None:
+    class Drawing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x) + torch.rand(1) if float(x.sum()) > -1e9 else x  # runs on real tensors only
+
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    model = Drawing()
+    torch.manual_seed(5)
+    cr.inspect(model, example=SHAPE)
+    assert torch.equal(torch.rand(3), expected)
