@@ -231,10 +231,10 @@ def _edit(draft: _Draft, file: RuleFile, candidate: Candidate, label: str) -> Ed
     if reason:
         return "block", f"{cls.name}: {reason}"
     start = draft.start or rule.start
-    how = _how(cls, rule.action, start)
+    how = _how(cls, place, options, rule.action, start)
     absorbs = site.pool_tail if cls.span == "pool" and rule.action == "replace" else ()
     if how is None:
-        return "start", f"{cls.name} has no {start} start for {rule.action}; use {_other_starts(cls, rule.action)}"
+        return "start", f"{cls.name} has no {start} start for {rule.action}; use {_other_starts(cls, place, options, rule.action)}"
     if site.kind == "functional" and rule.action == "replace":
         found = obstacle(draft.model, site.path)
         if found or site.calls > 1:
@@ -331,19 +331,20 @@ def _kind_of(annotation: Any) -> str:
     return "text"
 
 
-def _how(cls: type[Block], action: str, start: str) -> str | None:
+def _how(cls: type[Block], place: Place, options: BlockOptions, action: str, start: str) -> str | None:
     """What makes the start what it is, or None where the block has no such start."""
     if start == "fresh":
         return "paper's init"
     if start == "exact" and action == "insert":
         return "zero gate" if cls.exact else None
     if start == "exact":
-        return "holds the conv" if cls.holds_conv else ("blend" if cls.span == "conv" else None)
+        return "holds the conv" if cls.holds(place, options) else ("blend" if cls.span == "conv" else None)
     return None
 
 
-def _other_starts(cls: type[Block], action: str) -> str:
-    return " or ".join(f"start: {start}" for start in ("exact", "fresh") if _how(cls, action, start))
+def _other_starts(cls: type[Block], place: Place, options: BlockOptions, action: str) -> str:
+    starts = (start for start in ("exact", "fresh") if _how(cls, place, options, action, start))
+    return " or ".join(f"start: {start}" for start in starts)
 
 
 def _costs(

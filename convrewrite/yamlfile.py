@@ -38,7 +38,8 @@ class Problems:
         line = self.line(path)
         where = f"{self.name}:{line}" if line else self.name
         key = dotted(path)
-        self.found.append((line, str(RuleError(f"{key}: {what}" if key else what, where=where, fix=fix))))
+        what = escaped(f"{key}: {what}" if key else what)
+        self.found.append((line, str(RuleError(what, where=where, fix=escaped(fix) if fix else fix))))
 
     def line(self, path: KeyPath) -> int:
         """Line of `path`, or of the nearest key above it; 0 if the data came from no text."""
@@ -66,9 +67,14 @@ def dotted(path: KeyPath) -> str:
     return text
 
 
+def escaped(text: str) -> str:
+    """`text` on one line, with whatever a terminal would not show written as an escape."""
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
 def printable(text: str) -> str:
     """`text` as it may stand in a message: one line, not too long."""
-    clean = text if text.isprintable() else ascii(text)[1:-1]
+    clean = escaped(text)
     return clean if len(clean) <= 80 else clean[:77] + "..."
 
 

@@ -15,7 +15,6 @@ if "test_copy" not in BLOCKS:
         """The convolution itself, with the same state-dict keys."""
 
         actions = ("replace",)
-        holds_conv = True
 
         def __init__(self, place: Place, options: BlockOptions) -> None:
             super().__init__(place, options)
@@ -37,6 +36,10 @@ if "test_copy" not in BLOCKS:
             assert place.conv is not None
             n, _, h, w = place.out_shape
             return Cost(place.conv.params, place.conv.flops(n, h, w), 0, 0)
+
+        @classmethod
+        def holds(cls, place: Place, options: BlockOptions) -> bool:
+            return True
 
         def load_conv(self, conv: nn.Conv2d) -> None:
             self.source = [conv]  # in a list: its forward is used, its parameters are not registered twice

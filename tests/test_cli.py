@@ -38,7 +38,8 @@ def done(*args: object) -> Result:
 
 
 def process(*args: object, code: str = "from convrewrite.cli.main import main; main()") -> subprocess.Popen[str]:
-    command = [sys.executable, "-W", "error", "-c", code, *map(str, args)]
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # also below a nohup
+    command = [sys.executable, "-W", "error", "-c", heard + code, *map(str, args)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -36,7 +36,6 @@ class Block(nn.Module):
         exact: True if the freshly built block, inserted, is the exact identity (its gate is zero).
         span: "conv" if it stands for the convolution alone, "pool" if for the straight line from there to the
             next pooling (a ResNet's conv1, bn1, relu, maxpool); `place.out_shape` is then the pooling's.
-        holds_conv: True if `load_conv` makes the block compute exactly what a given convolution does.
         silent: parameters whose gradient is zero by construction (they cancel out of the formula).
         paper: "Author et al. year, arXiv id".
     """
@@ -45,7 +44,6 @@ class Block(nn.Module):
     actions: ClassVar[tuple[Action, ...]] = ("replace",)
     exact: ClassVar[bool] = False
     span: ClassVar[Literal["conv", "pool"]] = "conv"
-    holds_conv: ClassVar[bool] = False
     silent: ClassVar[tuple[str, ...]] = ()
     paper: ClassVar[str] = ""
     name: ClassVar[str] = ""
@@ -66,6 +64,11 @@ class Block(nn.Module):
     def cost(cls, place: Place, options: BlockOptions) -> Cost:
         """Analytic cost of the block at `place`: params, FLOPs (2 per multiply-add), activation bytes."""
         raise NotImplementedError(f"{cls.__name__} must define cost()")
+
+    @classmethod
+    def holds(cls, place: Place, options: BlockOptions) -> bool:
+        """Whether `load_conv` makes the block at `place` compute exactly what the convolution there does."""
+        return False
 
     def load_conv(self, conv: nn.Conv2d) -> None:
         """Take over the weights of the convolution that is replaced, so that the output stays the same."""

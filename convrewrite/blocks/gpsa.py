@@ -82,7 +82,6 @@ class GPSA(Block):
     """
 
     Options = GPSAOptions
-    holds_conv = True
     paper = "d'Ascoli et al. 2021, arXiv 2103.10697 and 2106.05795"
     options: GPSAOptions
 
@@ -112,6 +111,10 @@ class GPSA(Block):
         if height < 1 or width < 1:
             return f"the convolution's output is empty ({height} x {width})"
         return None
+
+    @classmethod
+    def holds(cls, place: Place, options: BlockOptions) -> bool:
+        return True
 
     def load_conv(self, conv: nn.Conv2d) -> None:
         """Become `conv`: its weights as values, every head on its tap, no content.

@@ -130,7 +130,7 @@ class NonLocal(Block):
             "dot_product": self._dot_product,
             "concatenation": self._concatenation,
         }[self.options.pairwise]
-        y: Tensor = self.W(to_map(gather(to_tokens(x), x), x))
+        y: Tensor = self.W(to_map(gather(x), x))
         return x + y.to(x.dtype)
 
     def _keys(self, tokens: Tensor, x: Tensor) -> Tensor:
@@ -142,18 +142,21 @@ class NonLocal(Block):
     def _scale(self, width: int) -> float:
         return float(width**-0.5) if self.options.scale else 1.0
 
-    def _embedded_gaussian(self, tokens: Tensor, x: Tensor) -> Tensor:
+    def _embedded_gaussian(self, x: Tensor) -> Tensor:
+        tokens = to_tokens(x)
         q = pointwise(self.theta, tokens)
         k, v = (self._keys(pointwise(conv, tokens), x) for conv in (self.phi, self.g))
         del tokens  # the memory is needed elsewhere
         return attend(q, k, v, self._scale(q.shape[-1]))
 
-    def _gaussian(self, tokens: Tensor, x: Tensor) -> Tensor:
+    def _gaussian(self, x: Tensor) -> Tensor:
+        tokens = to_tokens(x)
         v = self._keys(pointwise(self.g, tokens), x)
         q = tokens.to(v.dtype)  # what autocast would have made of them
         return attend(q, self._keys(q, x), v, self._scale(q.shape[-1]))
 
-    def _dot_product(self, tokens: Tensor, x: Tensor) -> Tensor:
+    def _dot_product(self, x: Tensor) -> Tensor:
+        tokens = to_tokens(x)
         q = pointwise(self.theta, tokens)
         k, v = (self._keys(pointwise(conv, tokens), x) for conv in (self.phi, self.g))
         del tokens
@@ -162,7 +165,8 @@ class NonLocal(Block):
             return torch.bmm(torch.bmm(q, k), v)
         return torch.bmm(q, torch.bmm(k, v))
 
-    def _concatenation(self, tokens: Tensor, x: Tensor) -> Tensor:
+    def _concatenation(self, x: Tensor) -> Tensor:
+        tokens = to_tokens(x)
         project = self.concat_project[0]
         assert isinstance(project, nn.Conv2d)
         weight = project.weight.view(2, -1)  # (2, d)

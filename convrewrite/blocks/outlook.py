@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from convrewrite.blocks.base import Block, BlockOptions, register_block
 from convrewrite.blocks.local import Pair
-from convrewrite.blocks.overlap import outlook
+from convrewrite.blocks.overlap import source_softmax, weighted_overlap
 from convrewrite.blocks.pooled import pooled_grid
 from convrewrite.sites import Cost, Place
 
@@ -157,11 +157,11 @@ class OutlookAttention(nn.Module):
     def gather(self, x: Tensor) -> Tensor:
         """z, the sum before W_o: (B, C_in, H, W) -> (B, C_out, H, W)."""
         centres = F.avg_pool2d(x, self.step, self.step, ceil_mode=True) if self.step > 1 else x
-        return outlook(
-            pointwise(self.v, x),
-            pointwise(self.attn, centres, self.scale),
-            heads=self.heads,
-            window=self.window,
+        values = pointwise(self.v, x)
+        softmaxed = [source_softmax(pointwise(self.attn, centres, self.scale), self.heads, self.window)]
+        return weighted_overlap(
+            values,
+            softmaxed,
             step=self.step,
             dilation=self.dilation,
             normalise=self.normalise,

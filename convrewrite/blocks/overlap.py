@@ -39,10 +39,21 @@ def outlook(
     Returns:
         (B, C, H, W), in the dtype of `values`.
     """
+    weights = source_softmax(logits, heads, window)
+    return weighted_overlap(values, [weights], step=step, dilation=dilation, normalise=normalise)
+
+
+def weighted_overlap(
+    values: Tensor, softmaxed: list[Tensor], *, step: int = 1, dilation: Pair = (1, 1), normalise: bool
+) -> Tensor:
+    """`outlook` from the result of `source_softmax`, in a list that is emptied.
+
+    The largest tensor here, which inference needs no more after its first use: an argument itself would be kept
+    alive by the caller.
+    """
     b, c, h, w = values.shape
-    weights = _attention(logits, heads, window)
-    del logits  # the largest tensor here; inference needs it no more
-    weights = _by_offset(weights, (h, w), step, dilation)  # (B, N, (2K-1)^2, H, W)
+    heads, window = softmaxed[0].shape[1:3]
+    weights = _by_offset(softmaxed.pop(), (h, w), step, dilation)  # (B, N, (2K-1)^2, H, W)
     y = _weighted_sum(values.contiguous().view(b, heads, c // heads, h, w), weights, 2 * window - 1, dilation).view(
         b, c, h, w
     )
@@ -52,7 +63,7 @@ def outlook(
     return y.to(values.dtype)
 
 
-def _attention(logits: Tensor, heads: int, window: int) -> Tensor:
+def source_softmax(logits: Tensor, heads: int, window: int) -> Tensor:
     """Softmax over the sources: (B, N, K, K, K, K, h, w), target row and column first, then the source's."""
     b, _, h, w = logits.shape
     weights = logits.contiguous().view(b, heads, window**2, window**2, h, w).softmax(3)

@@ -77,9 +77,10 @@ class PositionAttention(Block):
         return refuse_change(cls.name, place)
 
     def forward(self, x: Tensor) -> Tensor:
-        return gated(x, self.gamma, to_map(self._attention(to_tokens(x)), x))
+        return gated(x, self.gamma, to_map(self._attention(x), x))
 
-    def _attention(self, tokens: Tensor) -> Tensor:
+    def _attention(self, x: Tensor) -> Tensor:
+        tokens = to_tokens(x)
         q, k, v = (pointwise(conv, tokens) for conv in (self.query_conv, self.key_conv, self.value_conv))
         del tokens  # the memory is needed elsewhere
         return attend(q, k, v)  # (B, H*W, C)

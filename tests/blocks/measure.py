@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -39,10 +42,25 @@ class AliveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now -= size
 
 
+@contextmanager
+def calls_that_hold_their_arguments() -> Iterator[None]:
+    """As after `torch.compile` in the same process: every Python call keeps its arguments alive until it returns.
+
+    Otherwise CPython hands them over to the callee, whose ``del`` then frees them: a figure that depends on what
+    ran before.
+    """
+    torch._dynamo.reset()
+    before = torch._C._dynamo.eval_frame.set_eval_frame(False)
+    try:
+        yield
+    finally:
+        torch._C._dynamo.eval_frame.set_eval_frame(before)
+
+
 def measured_bytes(block: nn.Module, x: Tensor) -> tuple[int, int]:
     """(peak bytes of a forward in inference, bytes kept for backward in training), without weights and input."""
     given = [x, *block.parameters(), *block.buffers()]
-    with torch.no_grad(), AliveBytes(given) as alive:
+    with torch.no_grad(), calls_that_hold_their_arguments(), AliveBytes(given) as alive:
         block.eval()(x)
     own = {tensor.untyped_storage()._cdata for tensor in given}
     kept: dict[int, torch.UntypedStorage] = {}

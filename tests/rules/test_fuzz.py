@@ -7,8 +7,9 @@ import copy
 import re
 from typing import Any
 
+import pytest
 import yaml
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from convrewrite.arithmetic import FUNCTIONS
@@ -284,6 +285,17 @@ def test_a_sound_rule_file_loads_and_means_the_same_as_text_and_as_data(data: di
 @settings(QUICK, max_examples=300)
 @given(data=_broken())
 def test_any_rule_file_gives_a_sound_match_or_errors_of_a_line_each(data: dict[str, Any]) -> None:
+    _sound_or_one_line(data)
+
+
+@pytest.mark.slow
+@settings(QUICK, max_examples=10_000, derandomize=True, phases=[Phase.generate])
+@given(data=_broken())
+def test_ten_thousand_rule_files_give_a_sound_match_or_errors_of_a_line_each(data: dict[str, Any]) -> None:
+    _sound_or_one_line(data)
+
+
+def _sound_or_one_line(data: dict[str, Any]) -> None:
     try:
         _plan(load_rules(data))
     except RuleError as error:
