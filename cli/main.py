@@ -10,10 +10,13 @@ COMMANDS = {
     "inspect": "Show every convolution of a model with its role.",
     "plan": "Show what rules would change, and why not more.",
     "apply": "Rewrite a model, check it, report and save it.",
+    "finetune": "Train a rewritten model on labelled images.",
+    "distill": "Train a rewritten model to give the original's outputs.",
     "diff": "Compare two models or saved folders.",
     "rules": "List, show, scaffold and test rule files.",
     "blocks": "List the blocks that rules can use.",
-    "bench": "Measure the time of inspect, plan and rewrite.",
+    "bench": "Measure blocks, whole networks and rewriting itself.",
+    "zoo": "Try many models: capture, equal copies, every rule file, the laws.",
 }
 
 
@@ -54,7 +57,7 @@ def main() -> None:
     convrewrite plan resnet50 --rules acmix
     convrewrite apply resnet50 --rules acmix --out out/
 
-    Exit codes: 0 done, 1 error, 2 wrong usage.
+    Exit codes: 0 done, 1 error, 2 wrong usage, 3 something to do (plan --exit-code).
     """
 
 

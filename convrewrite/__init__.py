@@ -9,8 +9,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from convrewrite.blocks.base import Block, BlockOptions, register_block
+    from convrewrite.blocks.local import set_backend
     from convrewrite.diffing import Diff
     from convrewrite.errors import ConvrewriteError
+    from convrewrite.finalizing import finalize
     from convrewrite.pipeline import Pass, diff, inspect, plan, rewrite
     from convrewrite.plans import Edit, Plan, Refusal
     from convrewrite.reports import Report
@@ -18,10 +20,14 @@ if TYPE_CHECKING:
     from convrewrite.ruleschema import Rule, RuleFile
     from convrewrite.sites import ConvSpec, Cost, Place, Site
     from convrewrite.store import load, save
+    from convrewrite.training.annealing import Annealer
+    from convrewrite.training.groups import TrainableSummary, param_groups, trainable_summary
+    from convrewrite.training.run import Trained, distill, finetune
 
 # Public name -> the module it lives in. No submodule may have the name of a public function: importing
 # the submodule would put it in the function's place.
 _HOME = {
+    "Annealer": "training.annealing",
     "Block": "blocks.base",
     "BlockOptions": "blocks.base",
     "ConvSpec": "sites",
@@ -37,17 +43,26 @@ _HOME = {
     "Rule": "ruleschema",
     "RuleFile": "ruleschema",
     "Site": "sites",
+    "TrainableSummary": "training.groups",
+    "Trained": "training.run",
     "diff": "pipeline",
+    "distill": "training.run",
+    "finalize": "finalizing",
+    "finetune": "training.run",
     "inspect": "pipeline",
     "load": "store",
     "load_rules": "rulefile",
+    "param_groups": "training.groups",
     "plan": "pipeline",
     "register_block": "blocks.base",
     "rewrite": "pipeline",
     "save": "store",
+    "set_backend": "blocks.local",
+    "trainable_summary": "training.groups",
 }
 
 __all__ = [
+    "Annealer",
     "Block",
     "BlockOptions",
     "ConvSpec",
@@ -63,15 +78,23 @@ __all__ = [
     "Rule",
     "RuleFile",
     "Site",
+    "TrainableSummary",
+    "Trained",
     "__version__",
     "diff",
+    "distill",
+    "finalize",
+    "finetune",
     "inspect",
     "load",
     "load_rules",
+    "param_groups",
     "plan",
     "register_block",
     "rewrite",
     "save",
+    "set_backend",
+    "trainable_summary",
 ]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,10 @@ from convrewrite import graphs
 from convrewrite.blocks.base import BLOCKS, Block, conv_spec
 from convrewrite.blocks.blend import Blend
 from convrewrite.errors import ConvrewriteError, EditError
+from convrewrite.fits.base import FITS
+from convrewrite.fits.target import prior
 from convrewrite.inserting import insert
-from convrewrite.plans import Edit, Plan
+from convrewrite.plans import FITTED, Edit, Plan
 from convrewrite.sites import ConvSpec, Place
 from convrewrite.stands import Stand, mark, stand_of
 
@@ -33,41 +35,48 @@ class Edited:
         moved: key of the original -> its keys in the copy; () if it is not there any more.
         touched: module path in the copy -> id of the edit that owns what is below it.
         absorbing: ids of the edits whose blocks took the convolution's weights into their own.
+        solved: id of a fitted edit -> the NMSE that its fit without images expects, see `fits.target.Target`.
     """
 
     model: nn.Module
     moved: dict[str, tuple[str, ...]]
     touched: dict[str, str]
     absorbing: frozenset[str] = frozenset()
+    solved: dict[str, float] = field(default_factory=dict)
 
 
-def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
+def apply_plan(model: nn.Module, plan: Plan, *, fit: bool = True) -> nn.Module:
     """A rewritten copy of `model`; `model` itself is untouched.
+
+    Args:
+        fit: solve the blocks of fitted edits; False where their tensors are loaded afterwards.
 
     Raises:
         EditError: an edit does not fit; nothing was changed.
     """
-    return edit_model(model, plan).model
+    return edit_model(model, plan, fit=fit).model
 
 
-def edit_model(model: nn.Module, plan: Plan) -> Edited:
+def edit_model(model: nn.Module, plan: Plan, *, fit: bool = True) -> Edited:
     """`apply_plan`, with the way of every tensor."""
-    memo: dict[int, object] = {}
+    memo: dict[int, object] = {id(t): t.detach().clone() for t in _computed(model)}
     try:
         twin = copy.deepcopy(model, memo)
     except Exception as error:
         raise EditError(f"the model cannot be deep-copied: {error}", where=type(model).__name__) from error
     originals = {key: memo.get(id(t), t) for key, t in _tensors(model)}
     functional = {}
-    for edit in plan.edits:
+    solved: dict[str, float] | None = {} if fit else None
+    # An insertion before or after a block that is replaced goes onto what takes its place.
+    for edit in sorted(plan.edits, key=lambda e: not e.whole_block):
         if ":" in edit.path:
             functional.update(dict.fromkeys(graphs.parameter_keys(twin, edit.path), edit.id))
-        twin = _apply(twin, edit, plan.seed)
-    absorbing = frozenset(e.id for e in plan.edits if e.how == "holds the conv")
-    return Edited(twin, _moves(originals, twin), _touched(twin, plan) | functional, absorbing)
+        twin = _apply_whole(twin, edit, plan) if edit.whole_block else _apply(twin, edit, plan.seed, solved)
+    absorbing = frozenset(e.id for e in plan.edits if e.how in ("holds the conv", FITTED))
+    return Edited(twin, _moves(originals, twin), _touched(twin, plan) | functional, absorbing, solved or {})
 
 
-def _apply(model: nn.Module, edit: Edit, seed: int) -> nn.Module:
+def _apply(model: nn.Module, edit: Edit, seed: int, solved: dict[str, float] | None) -> nn.Module:
     try:
         if edit.action == "insert":
             target = model.get_submodule(edit.path)
@@ -76,12 +85,12 @@ def _apply(model: nn.Module, edit: Edit, seed: int) -> nn.Module:
             return model
         if ":" in edit.path:
             conv = graphs.convolution(model, edit.path)
-            emitted = graphs.with_module(model, edit.path, _replacement(conv, edit, seed))
+            emitted = graphs.with_module(model, edit.path, _replacement(conv, edit, seed, solved))
             return _exchange(model, model.get_submodule(edit.path.rpartition(":")[0]), emitted)
         old = model.get_submodule(edit.path)
         if not isinstance(old, nn.Conv2d):
             raise EditError(f"{type(old).__name__} is not a convolution", where=edit.path)
-        new = _replacement(old, edit, seed)
+        new = _replacement(old, edit, seed, solved)
         _move_hooks(old, new)
         model = _exchange(model, old, new)
         for path in edit.absorbs:
@@ -94,19 +103,44 @@ def _apply(model: nn.Module, edit: Edit, seed: int) -> nn.Module:
         raise EditError(f"{edit.block}: {type(error).__name__}: {error}", where=edit.path) from error
 
 
-def _replacement(conv: nn.Conv2d, edit: Edit, seed: int) -> nn.Module:
-    """What takes the convolution's place, marked with what stood there."""
+def _apply_whole(model: nn.Module, edit: Edit, plan: Plan) -> nn.Module:
+    """Exchange the residual block around a site; the new module remembers the convolutions that were in it."""
+    known = {s.id: s for s in (*(e.site for e in plan.edits), *(r.site for r in plan.refused))}
+    others = (known[i] for i in edit.calls if i in known and i != edit.site.id)
+    try:
+        old = model.get_submodule(edit.path)
+        new = _build(edit, edit.site.conv, plan.seed, old)
+        site = edit.site
+        stand = Stand(edit.id, edit.rule, edit.block, site.conv, site.module_class, sites=(site, *others))
+        mark(new, stand)
+        _move_hooks(old, new)
+        return _exchange(model, old, new)
+    except Exception as error:
+        raise EditError(f"{edit.block}: {type(error).__name__}: {error}", where=edit.path) from error
+
+
+def _replacement(conv: nn.Conv2d, edit: Edit, seed: int, solved: dict[str, float] | None) -> nn.Module:
+    """What takes the convolution's place, marked with what stood there; a fit's NMSE is noted in `solved`."""
     spec = conv_spec(conv)
     if spec != edit.site.conv:
         raise EditError(f"the convolution is {spec}, the plan was made for {edit.site.conv}", where=edit.path)
     block = _build(edit, spec, seed, conv)
     if edit.how == "holds the conv":
         block.load_conv(conv)
+    if edit.how == FITTED and solved is not None and not conv.weight.is_meta:
+        solved[edit.id] = _fit(block, conv, edit)
     new: nn.Module = Blend(conv, block) if edit.how == "blend" else block
     new.training = conv.training
     path = edit.path if ":" in edit.path else ""
     mark(new, Stand(edit.id, edit.rule, edit.block, spec, edit.site.module_class, path))
     return new
+
+
+def _fit(block: Block, conv: nn.Conv2d, edit: Edit) -> float:
+    """Solve the block from the convolution's weights, without images; the NMSE that this expects."""
+    fit = FITS.get(edit.block)
+    window = fit.window(edit.site.conv, block.options)
+    return fit.solve(block, edit.site.conv, prior(conv.weight, conv.bias, edit.site.conv, window))
 
 
 def _build(edit: Edit, conv: ConvSpec | None, seed: int, beside: nn.Module) -> Block:
@@ -141,8 +175,14 @@ def _exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     return model
 
 
+def _computed(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors that hooks left on modules (weight norm's weight): torch does not deep-copy them."""
+    for module in model.modules():
+        yield from (v for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf)
+
+
 def _move_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Forward and backward hooks watch the site, so they go with it."""
+    """Forward and backward hooks watch the site, so they go with it; those that compute its weight stay."""
     for name in (
         "_forward_hooks",
         "_forward_pre_hooks",
@@ -153,9 +193,9 @@ def _move_hooks(old: nn.Module, new: nn.Module) -> None:
         "_forward_pre_hooks_with_kwargs",
     ):
         hooks = getattr(old, name, None)
-        if hooks:
-            getattr(new, name).update(hooks)
-            hooks.clear()
+        moving = [key for key, hook in (hooks or {}).items() if not type(hook).__module__.startswith("torch.nn.utils")]
+        for key in moving:
+            getattr(new, name)[key] = hooks.pop(key)
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -45,6 +45,10 @@ class LawError(ConvrewriteError):
     """The rewritten model broke a law of `verify`."""
 
 
+class BackendError(ConvrewriteError):
+    """No backend of that name, or it cannot do what it was asked to."""
+
+
 class StoreError(ConvrewriteError):
     """A saved folder could not be written or read."""
 

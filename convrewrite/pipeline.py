@@ -1,6 +1,6 @@
 """The whole way of a model through convrewrite, as passes. Read this file first.
 
-    capture -> annotate -> match and plan -> edit -> transfer -> verify -> report
+    capture -> annotate -> match and plan -> edit -> calibrate -> transfer -> verify -> report
 
 Each pass reads and fills fields of one `Work`. `rewrite`, `plan` and `inspect` are the public functions.
 """
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from convrewrite import provenance
 from convrewrite.annotate import Graph, annotate
+from convrewrite.calibration import DEFAULT_IMAGES, check_fits_well, fitted_edits, images_for
+from convrewrite.calibration.images import Images
 from convrewrite.capture import capture
 from convrewrite.diffing import Diff, ModelView, view_of
 from convrewrite.diffing import diff as compare
@@ -27,9 +29,10 @@ from convrewrite.laws import check
 from convrewrite.laws.case import Case
 from convrewrite.planning import check_fits, make_plan
 from convrewrite.plans import Plan
-from convrewrite.reports import Drift, LawResult, Report, TensorFate
+from convrewrite.reports import Calibration, Drift, LawResult, Report, TensorFate
 from convrewrite.rulefile import Rule, RuleFile, load_rules
 from convrewrite.sites import Site
+from convrewrite.sources.examples import inputs_of, mapped, shape_of
 from convrewrite.transfer import fates
 
 DEFAULT_SHAPE = (1, 3, 224, 224)
@@ -58,6 +61,10 @@ class Work:
     graph: Graph | None = None
     plan: Plan | None = None
     given: Plan | None = None
+    images: Images | None = None
+    max_nmse: float | None = None
+    calibration: Calibration | None = None
+    measured: tuple[str, ...] = ()
     edited: Edited | None = None
     tensors: tuple[TensorFate, ...] = ()
     laws: tuple[LawResult, ...] = ()
@@ -110,9 +117,15 @@ def _edit(work: Work) -> None:
     provenance.attach(work.edited.model, plan=work.plan, identity=identity(work.model), source=work.source)
 
 
+def _calibrate(work: Work) -> None:
+    assert work.plan is not None and work.edited is not None
+    work.calibration, work.measured = fitted_edits(work.model, work.edited, work.plan, work.images)
+    check_fits_well(work.calibration, work.max_nmse)
+
+
 def _transfer(work: Work) -> None:
     assert work.edited is not None
-    work.tensors = fates(work.model, work.edited)
+    work.tensors = fates(work.model, work.edited, measured=work.measured)
 
 
 def _verify(work: Work) -> None:
@@ -129,7 +142,7 @@ def _verify(work: Work) -> None:
         tensors=work.tensors,
         moved=work.edited.moved,
         replan=lambda model: _replan(work, model),
-        again=lambda: edit_model(work.model, _plan_of(work)).model,
+        again=lambda: edit_model(work.model, _plan_of(work), fit=False).model,
     )
     work.laws = check(case)
     try:
@@ -145,6 +158,7 @@ PLANNING = (
 REWRITING = (
     *PLANNING,
     Pass("edit", _edit, requires=("plan",), ensures=("edited",)),
+    Pass("calibrate", _calibrate, requires=("edited",)),
     Pass("transfer", _transfer, requires=("edited",), ensures=("tensors",)),
     Pass("verify", _verify, requires=("edited",)),
 )
@@ -228,6 +242,9 @@ def rewrite(
     name: str | None = None,
     source: Mapping[str, Any] | None = None,
     watch: Callable[[str], None] | None = None,
+    calibrate: Any = None,
+    calibrate_images: int = DEFAULT_IMAGES,
+    max_nmse: float | None = None,
 ) -> Rewritten:
     """A rewritten copy of `model` and the report; `model` is untouched.
 
@@ -240,12 +257,20 @@ def rewrite(
         overrides: (rule id or "*", option) -> value.
         passes: passes of your own, each placed by its `after`.
         force: return the model even if a law is broken; the report says so.
+        calibrate: images without labels, on which the fitted edits are fitted: a folder, a data set, a tensor or an
+            iterable, see `calibration.images.read_images`. Without it they are fitted to the weights alone.
+        calibrate_images: at most so many are used; a fifth of them is held out to measure on.
+        max_nmse: refuse the rewrite if a fitted edit's NMSE is larger (measured, or without images as expected).
 
     Raises:
+        PlanError: a fitted edit is above `max_nmse` (unless `force`).
         RuleError: a rule is wrong or matched nothing. PlanError: a given plan does not fit.
         LawError: the rewritten model broke a law (unless `force`).
     """
     work = _work(model, rules, start, example, seed, overrides, name, source)
+    work.max_nmse = None if force else max_nmse
+    if calibrate is not None:
+        work.images = images_for(model, work.example, calibrate, limit=calibrate_images, seed=seed)
     PassManager(REWRITING, watch=watch).insert(passes).run(work)
     assert work.edited is not None
     report = report_of(work, forced=force)
@@ -283,6 +308,7 @@ def report_of(work: Work, *, forced: bool = False) -> Report:
         timings=dict(work.timings),
         forced=forced and broken,
         notes=tuple(work.notes),
+        calibration=work.calibration,
     )
 
 
@@ -306,8 +332,7 @@ def example_of(model: nn.Module, example: Example) -> tuple[Any, ...]:
     if isinstance(example, (tuple, list)) and example and all(isinstance(s, int) for s in example):
         if any(s < 0 for s in example):
             raise ConvrewriteError(f"input shape {tuple(example)} has a negative size", fix="write (1, 3, 224, 224)")
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        return (torch.empty(tuple(example), dtype=dtype, device="meta"),)
+        return inputs_of(model, tuple(example))
     if isinstance(example, tuple) and example:
         return example
     raise ConvrewriteError(
@@ -321,12 +346,16 @@ def real_example(model: nn.Module, example: tuple[Any, ...]) -> tuple[Any, ...]:
     generator = torch.Generator().manual_seed(0)
 
     def real(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_meta:
-            return value.to(device) if isinstance(value, Tensor) else value
-        shape = list(value.shape)
-        if shape and shape[0] == 1:
-            shape[0] = 2  # batch statistics of a single 1x1 map are undefined
-        return torch.randn(shape, generator=generator).to(device=device, dtype=value.dtype)
+        if not isinstance(value, Tensor):
+            return mapped(value, noise)
+        if value.is_meta and value.dim() and value.shape[0] == 1:
+            value = value.expand(2, *value.shape[1:])  # batch statistics of a single 1x1 map are undefined
+        return noise(value)
+
+    def noise(value: Tensor) -> Tensor:
+        if not value.is_meta:
+            return value.to(device)
+        return torch.randn(value.shape, generator=generator).to(device=device, dtype=value.dtype)
 
     return tuple(real(v) for v in example)
 
@@ -382,5 +411,4 @@ def _plan_of(work: Work) -> Plan:
 
 
 def _shape(example: tuple[Any, ...]) -> tuple[int, ...]:
-    first = next((v for v in example if isinstance(v, Tensor)), None)
-    return tuple(first.shape) if first is not None else ()
+    return shape_of(example)

@@ -16,12 +16,14 @@ from convrewrite.blocks.base import BLOCKS, Block, BlockOptions
 from convrewrite.blocks.blend import blend_cost
 from convrewrite.errors import ConvrewriteError, PlanError, RuleError, closest
 from convrewrite.facts import site_facts
+from convrewrite.fits.base import can_fit, refuse_fit
 from convrewrite.graphs import obstacle
 from convrewrite.match import Candidate, correct_roles, match, search
-from convrewrite.plans import Edit, Funnel, Plan, Refusal, Totals, digest
+from convrewrite.plans import FITTED, Edit, Funnel, Plan, Refusal, Totals, digest
 from convrewrite.rulefile import RuleFile, resolve_options
 from convrewrite.sites import Cost, Place, Site
-from convrewrite.stands import inserted_at
+from convrewrite.spans import WholeBlock, clash, whole_block
+from convrewrite.stands import computed_weight, inserted_at
 
 _PACKAGES = ("convrewrite", "torch", "torchvision", "timm")
 
@@ -132,8 +134,8 @@ def check_fits(plan: Plan, model: nn.Module, graph: Graph) -> None:
             raise PlanError(
                 f"the plan does not fit the model: {_differs(edit.site, site)}", where=site.id, fix="make a new plan"
             )
-    what = "the plan does not fit the model: its sites or state-dict shapes changed"
-    raise PlanError(what, where=plan.model, fix="make a new plan")
+    what = f"the plan, made for {plan.model}, does not fit the model: other sites or state-dict shapes"
+    raise PlanError(what, fix="make a new plan")
 
 
 def _differs(old: Site, new: Site) -> str:
@@ -180,8 +182,9 @@ def _consider(draft: _Draft, file: RuleFile, candidate: Candidate) -> None:
     found = _edit(draft, file, candidate, label)
     if isinstance(found, Edit):
         owner = draft.owners.setdefault(found.id, label)
-        if owner != label:
-            found = ("claimed", f"claimed by rule {owner}")
+        in_the_way = f"claimed by rule {owner}" if owner != label else clash(found, draft.edits)
+        if in_the_way:
+            found = ("claimed", in_the_way)
         else:
             draft.edits.append(found)
             return
@@ -219,7 +222,8 @@ def _edit(draft: _Draft, file: RuleFile, candidate: Candidate, label: str) -> Ed
         return "op", "no call of it was seen, so its shapes are unknown" if not site.calls else "its input is not 4-D"
     calls = [s for s in draft.graph.sites if s.id in candidate.calls]
     span = BLOCKS.get(rule.change.block).span if rule.change.block in BLOCKS else "conv"
-    target = _target(draft, site, rule, span)
+    whole = whole_block(draft.model, draft.graph, site) if rule.action == "replace" and span == "block" else None
+    target = _target(draft, site, rule, span) if whole is None else _whole_target(whole)
     if isinstance(target[0], tuple):
         return target[0]
     path, at, place = target
@@ -232,17 +236,26 @@ def _edit(draft: _Draft, file: RuleFile, candidate: Candidate, label: str) -> Ed
         return "block", f"{cls.name}: {reason}"
     start = draft.start or rule.start
     how = _how(cls, place, options, rule.action, start)
+    if how in ("holds the conv", FITTED) and (own := computed_weight(draft.model, site.path)):
+        how = "blend" if how != FITTED and cls.span == "conv" else None
+        if how is None:
+            return "start", f"{cls.name} cannot take over the weight of {own}, which is computed from others"
     absorbs = site.pool_tail if cls.span == "pool" and rule.action == "replace" else ()
     if how is None:
-        return "start", f"{cls.name} has no {start} start for {rule.action}; use {_other_starts(cls, place, options, rule.action)}"
+        why = refuse_fit(cls.name, place, options) if start == "fitted" and rule.action == "replace" else None
+        others = _other_starts(cls, place, options, rule.action)
+        return "start", f"{cls.name} has no {start} start for {rule.action}{f', {why}' if why else ''}; use {others}"
     if site.kind == "functional" and rule.action == "replace":
         found = obstacle(draft.model, site.path)
         if found or site.calls > 1:
             return "functional", found or f"it is called {site.calls} times"
-    before, after = _costs(cls, options, calls if at == "" else [site], place, how, replaced=at == "")
+    costed = calls if at == "" and whole is None else [site]
+    before, after = _costs(cls, options, costed, place, how, replaced=at == "")
     if absorbs:
         gone = sum(p.numel() for path_ in absorbs for p in draft.model.get_submodule(path_).parameters())
         before = replace(before, params=before.params + gone)
+    if isinstance(whole, WholeBlock):
+        calls, before = list(whole.sites), whole.before
     return Edit(
         id=path if at == "" else f"{path} {at}",
         site=site,
@@ -292,6 +305,11 @@ def _target(draft: _Draft, site: Site, rule: Any, span: str) -> tuple[Any, str, 
     return path, at, Place(shape, shape)
 
 
+def _whole_target(whole: WholeBlock | tuple[str, str]) -> tuple[Any, str, Place | None]:
+    """`_target` of a block that stands for a whole residual block."""
+    return (whole.path, "", whole.place) if isinstance(whole, WholeBlock) else (whole, "", None)
+
+
 def _block(draft: _Draft, file: RuleFile, candidate: Candidate, place: Place) -> tuple[type[Block], BlockOptions]:
     """The block's class and its options, expressions evaluated over the site's facts."""
     rule = candidate.rule
@@ -337,13 +355,16 @@ def _how(cls: type[Block], place: Place, options: BlockOptions, action: str, sta
         return "paper's init"
     if start == "exact" and action == "insert":
         return "zero gate" if cls.exact else None
+    if start == "fitted":
+        fits = action == "replace" and cls.span == "conv" and can_fit(cls.name, place, options)
+        return FITTED if fits else None
     if start == "exact":
         return "holds the conv" if cls.holds(place, options) else ("blend" if cls.span == "conv" else None)
     return None
 
 
 def _other_starts(cls: type[Block], place: Place, options: BlockOptions, action: str) -> str:
-    starts = (start for start in ("exact", "fresh") if _how(cls, place, options, action, start))
+    starts = (start for start in ("exact", "fitted", "fresh") if _how(cls, place, options, action, start))
     return " or ".join(f"start: {start}" for start in starts)
 
 

@@ -15,6 +15,9 @@ FORMAT = 1
 START = Literal["exact", "fitted", "fresh"]
 
 
+FITTED = "fitted to the conv"
+"""`Edit.how` of an edit whose block is solved from the convolution's weights."""
+
 _NOT_NEAR = ("pick", "claimed", "rewritten", "shared", "op", "budget")
 
 
@@ -27,10 +30,10 @@ class Edit:
         rule: id of the rule, "file/rule".
         action: "replace" or "insert".
         at: for an insertion "after" or "before"; "" for a replacement.
-        path: the module that is exchanged or wrapped.
+        path: the module that is exchanged or wrapped; of a block that stands for a whole residual block, that one.
         block: registry name. options: fully resolved, every option of the block present.
         start: how the edit starts: exact, fitted or fresh.
-        how: what makes the start what it is: "blend", "zero gate", "paper", ...
+        how: what makes the start what it is: "blend", "zero gate", "fitted to the conv", ...
         calls: ids of all the sites that this one edit changes (several where a module is shared).
         in_shape, out_shape: of the place the block takes, (N, C, H, W).
         before, after: cost of what stood there and of what will (an insertion has nothing before).
@@ -53,6 +56,11 @@ class Edit:
     before: Cost
     after: Cost
     absorbs: tuple[str, ...] = ()
+
+    @property
+    def whole_block(self) -> bool:
+        """Whether it replaces the residual block that its site lies in, and not the convolution alone."""
+        return self.action == "replace" and self.path != self.site.path
 
 
 @dataclass(frozen=True)

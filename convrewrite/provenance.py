@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -14,6 +14,34 @@ _ATTRIBUTE = "_convrewrite"  # a plain attribute: not in the state dict, and cop
 
 
 @dataclass(frozen=True)
+class Since:
+    """What was done to a model after its rewrite, beside changing the values of tensors.
+
+    Attributes:
+        finalized: module paths of the blends that became their blocks.
+        head: (module path, classes) of a classifier that was exchanged for a new one; None if it was not.
+        steps: optimizer steps of training.
+    """
+
+    finalized: tuple[str, ...] = ()
+    head: tuple[str, int] | None = None
+    steps: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; what `since_from` reads."""
+        head = None if self.head is None else list(self.head)
+        return {"finalized": list(self.finalized), "head": head, "steps": self.steps}
+
+
+def since_from(data: Mapping[str, Any] | None) -> Since:
+    """A `Since` from its `to_dict`; None and {} are a model that was left as the rewrite made it."""
+    if not data:
+        return Since()
+    head = data["head"]
+    return Since(tuple(data["finalized"]), None if head is None else (str(head[0]), int(head[1])), int(data["steps"]))
+
+
+@dataclass(frozen=True)
 class Provenance:
     """The making of one rewritten model.
 
@@ -21,27 +49,39 @@ class Provenance:
         plan: what was done.
         identity: `convrewrite.identity.identity` of the model before the rewrite.
         source: recipe that builds that model again; None if it was given as an object.
+        since: what was done to it afterwards.
     """
 
     plan: Plan
     identity: str
     source: Mapping[str, Any] | None = None
+    since: Since = Since()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Provenance:
         return self  # it is immutable, and a plan can be large
 
 
-def attach(model: nn.Module, *, plan: Plan, identity: str, source: Mapping[str, Any] | None = None) -> None:
+def attach(
+    model: nn.Module, *, plan: Plan, identity: str, source: Mapping[str, Any] | None = None, since: Since | None = None
+) -> None:
     """Note on the rewritten `model` how it was made.
 
     Args:
         identity: of the model before this rewrite.
         source: recipe of that model. If left out and it was itself rewritten (the copy still carries the
             note), the earlier plan becomes part of the recipe.
+        since: what was done after the rewrite; nothing by default.
     """
     if source is None:
         source = recipe_of(model)
-    setattr(model, _ATTRIBUTE, Provenance(plan, identity, source))
+    setattr(model, _ATTRIBUTE, Provenance(plan, identity, source, since or Since()))
+
+
+def note_since(model: nn.Module, since: Since) -> None:
+    """Note on a rewritten `model` what was done to it since; nothing on a model that was never rewritten."""
+    note = of(model)
+    if note is not None:
+        setattr(getattr(model, "_orig_mod", model), _ATTRIBUTE, replace(note, since=since))
 
 
 def of(model: nn.Module) -> Provenance | None:
@@ -55,10 +95,11 @@ def recipe_of(model: nn.Module) -> dict[str, Any] | None:
     note = of(model)
     if note is None:
         return None
-    return {
+    recipe = {
         "kind": "rewritten",
         "name": note.plan.model,
         "base": None if note.source is None else dict(note.source),
         "identity": note.identity,
         "plan": note.plan.to_dict(),
     }
+    return recipe if note.since == Since() else {**recipe, "since": note.since.to_dict()}

@@ -23,6 +23,9 @@ ROLES = (
 )
 """Every role a site can play; `docs/roles.md` defines each."""
 
+PARTS = ("backbone", "neck", "head")
+"""Every part of a network that a site can lie in; `docs/roles.md` defines each."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -116,6 +119,7 @@ class Site:
         kind: "module" or "functional".
         op: "conv2d"; others ("conv1d", "conv_transpose2d", ...) are listed and never rewritten.
         module_class: class name of the module ("Conv2d"); of a rewritten site the original's class.
+        part: "backbone", "neck" (what fuses feature maps of several scales) or "head"; None of what is not 2-D.
         stage: 0 for the stem, then 1, 2, ... by resolution; None if it lies on no path to the output.
         stage_from_end: 1 for the last stage.
         block: index of its block within the stage, 0-based ("layer3.0" is 0); None outside blocks.
@@ -144,6 +148,7 @@ class Site:
     calls: int = 1
     module_class: str = "Conv2d"
     role: str = "other"
+    part: str | None = None
     stage: int | None = None
     stage_from_end: int | None = None
     block: int | None = None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from convrewrite.sites import ConvSpec
+from convrewrite.sites import ConvSpec, Site
 
 _ATTRIBUTE = "_convrewrite_stand"
 _INSERTED = "_convrewrite_inserted"
@@ -20,6 +20,8 @@ class Stand:
         edit: id of the edit. rule: "file/rule". block: registry name of what stands there now.
         conv: the convolution that stood here. module_class: its class name.
         path: of its site, where that is not the module's own path (a functional convolution).
+        sites: of a module that stands for a whole residual block, the convolutions that were in it, the one that the
+            rule matched first.
     """
 
     edit: str
@@ -28,6 +30,7 @@ class Stand:
     conv: ConvSpec
     module_class: str
     path: str = ""
+    sites: tuple[Site, ...] = ()
 
 
 def mark(module: nn.Module, stand: Stand) -> None:
@@ -39,6 +42,18 @@ def stand_of(module: nn.Module) -> Stand | None:
     """The mark on `module`, or None."""
     found = vars(module).get(_ATTRIBUTE)
     return found if isinstance(found, Stand) else None
+
+
+def computed_weight(model: nn.Module, path: str) -> str | None:
+    """Class name of the convolution at `path` if it does not convolve with its parameter `weight` as it is, else None.
+
+    So it is with subclasses of their own forward (weight standardisation), parametrizations and weight norm.
+    """
+    conv = model.get_submodule(path.partition(":")[0])
+    if ":" in path or not isinstance(conv, nn.Conv2d):
+        return None
+    plain = type(conv).forward is nn.Conv2d.forward and type(conv)._conv_forward is nn.Conv2d._conv_forward
+    return None if plain and isinstance(conv._parameters.get("weight"), nn.Parameter) else type(conv).__name__
 
 
 def mark_inserted(module: nn.Module, at: str, rule: str) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import platform
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -18,8 +19,10 @@ from typing_extensions import TypedDict  # pydantic takes that of typing only fr
 from convrewrite import provenance
 from convrewrite.atomic import new_folder, sha256
 from convrewrite.errors import ConvrewriteError, StoreError
+from convrewrite.finalizing import redo
 from convrewrite.identity import identity
 from convrewrite.plans import Plan
+from convrewrite.provenance import Since, since_from
 from convrewrite.reports import Report
 from convrewrite.sources import Source, rebuild, recognise
 from convrewrite.tensorfile import put_tensors, read_tensors, shared_tensors, write_tensors
@@ -30,11 +33,18 @@ _REPORTS = {"report.txt": "text", "report.md": "markdown", "report.json": "json"
 _PACKAGES = ("convrewrite", "torch", "torchvision", "timm", "safetensors")
 
 
+class _Since(TypedDict):
+    finalized: list[str]
+    head: list[Any] | None
+    steps: int
+
+
 class _Recipe(TypedDict):
     """What recipe.json holds.
 
     `source`, `identity` and the plan build the architecture; the flags put every module and parameter back
-    in its state; the hashes tie the files to each other.
+    in its state; the hashes tie the files to each other. `since` is there if the model was trained or
+    finalized after its rewrite.
     """
 
     format: int
@@ -49,6 +59,7 @@ class _Recipe(TypedDict):
     training_except: list[str]
     frozen: list[str]
     derived: dict[str, str]
+    since: NotRequired[_Since]
 
 
 def save(
@@ -98,6 +109,7 @@ def save(
                 "versions": _versions(),
                 "files": sorted([_RECIPE, *(path.name for path in filling.iterdir())]),
                 **_flags(model),
+                **({"since": note.since.to_dict()} if note.since != Since() else {}),
             }
             (filling / _RECIPE).write_text(json.dumps(document, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     except OSError as error:
@@ -127,7 +139,8 @@ def load(
     if sha256(place / _TENSORS) != recipe["tensors_sha256"]:
         raise StoreError("the file is damaged (its SHA-256 is not the recipe's)", where=str(place / _TENSORS))
     original = _original(recipe, base, str(place))
-    model = _edited(original, plan)
+    since = _since(recipe, str(place))
+    model = _edited(original, plan, since)
     tensors, aliases = read_tensors(place / _TENSORS)
     if shared_tensors(model) != aliases:
         raise StoreError("the rebuilt model shares other tensors than the saved one", where=str(place))
@@ -136,14 +149,16 @@ def load(
     except StoreError as error:
         raise StoreError(error.what, where=str(place), fix=_other_versions(recipe)) from None
     _set_flags(model, recipe)
-    provenance.attach(model, plan=plan, identity=recipe["identity"], source=recipe["source"])
+    provenance.attach(model, plan=plan, identity=recipe["identity"], source=recipe["source"], since=since)
     return model if device is None else model.to(device)
 
 
 def rewritten_recipe(folder: str | Path) -> dict[str, Any]:
     """The recipe for the architecture saved in `folder`, complete in itself: it holds the plan."""
     recipe, plan = _read(Path(folder))
+    since = {"since": recipe["since"]} if "since" in recipe else {}
     return {
+        **since,
         "kind": "rewritten",
         "name": recipe["model"],
         "base": recipe["source"],
@@ -156,16 +171,24 @@ def replay(recipe: Mapping[str, Any]) -> nn.Module:
     """Build what a `rewritten_recipe` describes, with fresh weights."""
     plan = Plan.from_json(json.dumps(recipe["plan"]), where="the recipe's plan")
     saved = {"source": recipe["base"], "identity": recipe["identity"], "versions": {}}
-    model = _edited(_original(saved, None, str(recipe["name"])), plan)
-    provenance.attach(model, plan=plan, identity=recipe["identity"], source=recipe["base"])
+    since = _since(recipe, str(recipe["name"]))
+    model = _edited(_original(saved, None, str(recipe["name"])), plan, since)
+    provenance.attach(model, plan=plan, identity=recipe["identity"], source=recipe["base"], since=since)
     return model
 
 
-def _edited(model: nn.Module, plan: Plan) -> nn.Module:
+def _edited(model: nn.Module, plan: Plan, since: Since) -> nn.Module:
     from convrewrite.editing import apply_plan
 
-    edited: nn.Module = apply_plan(model, plan)
-    return edited
+    edited: nn.Module = apply_plan(model, plan, fit=False)  # the tensors are put in afterwards
+    return redo(edited, since)
+
+
+def _since(recipe: Mapping[str, Any], where: str) -> Since:
+    try:
+        return since_from(recipe.get("since"))
+    except (KeyError, TypeError, ValueError, IndexError):
+        raise StoreError("the recipe is damaged ('since')", where=where, fix="save the model again") from None
 
 
 def _original(recipe: Mapping[str, Any], base: nn.Module | Callable[[], nn.Module] | None, where: str) -> nn.Module:
@@ -233,7 +256,7 @@ def _check_standing(model: nn.Module, plan: Plan) -> None:
         if edit.action == "replace" and ":" not in edit.path:
             stands = stand_of(model.get_submodule(edit.path))
             if stands is None or stands.edit != edit.id:
-                fix = "save what rewrite() returned, before finalizing"
+                fix = "finalize with convrewrite.finalize(model), or save before"
                 raise StoreError("this is no longer what the plan put here", where=edit.path, fix=fix)
 
 
@@ -243,6 +266,9 @@ def check_target(folder: str | Path, *, overwrite: bool) -> None:
     if place.exists() and not place.is_dir():
         raise StoreError("this is a file", where=str(place), fix="name a folder")
     names = {path.name for path in place.iterdir()} if place.exists() else set()
+    nearest = next((above for above in Path(os.path.abspath(place)).parents if above.exists()), Path("/"))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise StoreError(f"no folder can be made in {nearest}", where=str(place), fix="name another")
     if not names:
         return
     foreign = sorted(names - {_TENSORS, _RECIPE, _PLAN, *_REPORTS} - _written(place))

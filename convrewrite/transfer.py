@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import Tensor, nn
 
 from convrewrite.editing import Edited
 from convrewrite.reports import TensorFate
 
 
-def fates(original: nn.Module, edited: Edited) -> tuple[TensorFate, ...]:
-    """The fate of every entry of both state dicts, in the order of the new one, the dropped ones last."""
+def fates(original: nn.Module, edited: Edited, *, measured: Collection[str] = ()) -> tuple[TensorFate, ...]:
+    """The fate of every entry of both state dicts, in the order of the new one, the dropped ones last.
+
+    Args:
+        measured: keys of the new state dict whose values were measured again (batch-norm statistics).
+    """
     old, new = original.state_dict(), edited.model.state_dict()
     source = {key: name for name, keys in edited.moved.items() for key in keys}
     parameters = {n for n, _ in original.named_parameters(remove_duplicate=False)}
@@ -17,7 +23,7 @@ def fates(original: nn.Module, edited: Edited) -> tuple[TensorFate, ...]:
     found = []
     for name, tensor in new.items():
         came = source.get(name, "")
-        fate = "carried" if came else "new"
+        fate = ("re-estimated" if name in measured else "carried") if came else "new"
         found.append(_fate(name, came, fate, tensor, parameters, _owner(name, edited.touched)))
     for name, tensor in old.items():
         if not edited.moved.get(name):

@@ -22,6 +22,12 @@ _SUFFIXES = (".pth", ".pt", ".safetensors", ".bin", ".ckpt", ".tar", ".th")
 _INSIDE = ("state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema")
 _PREFIXES = ("module.", "_orig_mod.")
 _SHOWN = 3
+_LIGHTNING = (
+    "lightning.fabric.utilities.data.AttributeDict",
+    "lightning_fabric.utilities.data.AttributeDict",
+    "lightning.pytorch.utilities.parsing.AttributeDict",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+)
 # torchvision's DenseNet files are older than its module names; their builder renames the keys in the same way.
 _OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
 
@@ -39,14 +45,15 @@ def load_weights(model: nn.Module, spec: str, source: Source) -> None:
         model: on the meta device it is only checked that a file fits.
         spec: ``DEFAULT`` or the name of weights of the model's zoo, or a file: a ``.safetensors``, or a
             ``torch.save`` of a state dict, alone or under ``state_dict``, ``model``, ``model_state_dict`` or
-            ``state_dict_ema``, with or without the ``module.`` of DataParallel.
+            ``state_dict_ema``, with or without the ``module.`` of DataParallel; or a checkpoint of Lightning, whose
+            module may hold the model as an attribute (``model.``, ``net.``) beside others.
         source: where `model` came from.
 
     Raises:
         SourceError: there are no such weights, they cannot be read, or they do not fit.
     """
-    state = read_state(Path(spec)) if is_file(spec) else _of_zoo(spec, source)
     wanted = model.state_dict()
+    state = _of_attribute(read_state(Path(spec)), wanted) if is_file(spec) else _of_zoo(spec, source)
     state = _adapted(state, wanted, model)
     _check_fit(state, wanted, spec, source)
     if not any(value.is_meta for value in wanted.values() if isinstance(value, Tensor)):
@@ -99,7 +106,7 @@ def _read_torch(path: Path) -> Any:
             warnings.simplefilter("ignore")  # about TorchScript archives, which are refused below
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise _not_only_tensors(path, str(error)) from error
+        return _read_lightning(path, error)
     except Exception as error:  # truncated and foreign files end in any of a dozen exceptions
         if "TorchScript" in str(error):
             raise SourceError(
@@ -108,6 +115,37 @@ def _read_torch(path: Path) -> Any:
                 fix="save torch.jit.load(file).state_dict() instead",
             ) from error
         raise SourceError(f"not a readable checkpoint ({_first_line(error)})", where=str(path)) from error
+
+
+def _read_lightning(path: Path, first: pickle.UnpicklingError) -> Any:
+    """A checkpoint that holds, besides tensors and plain data, Lightning's dictionaries of settings: read as dicts.
+
+    None of Lightning's code runs, nor need it be installed. Of any other file the `first` error stands.
+    """
+    stand_ins: list[Any] = [(dict, name) for name in _LIGHTNING]
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
+            warnings.simplefilter("ignore")
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _not_only_tensors(path, str(error)) from error
+    if not isinstance(found, Mapping) or "pytorch-lightning_version" not in found:
+        raise _not_only_tensors(path, str(first)) from first
+    return found
+
+
+def _of_attribute(state: dict[str, Tensor], wanted: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The entries below one attribute, without its name, where exactly that gives the keys of the model.
+
+    A Lightning module has the network as an attribute of any name, and metrics or losses as others.
+    """
+    heads = {key.partition(".")[0] + "." for key in state if "." in key}
+    keys = {key for key in wanted if not key.endswith("num_batches_tracked")}
+    for head in sorted(heads):
+        below = {key.removeprefix(head): value for key, value in state.items() if key.startswith(head)}
+        if keys and keys <= below.keys() <= set(wanted) and not keys <= state.keys():
+            return below
+    return state
 
 
 def _not_only_tensors(path: Path, message: str) -> SourceError:

@@ -30,6 +30,12 @@ PROMISES: dict[str, list[str]] = {
         r"^finalized: params 3,606,304 => 3,410,224$",
         r"^same output, bit for bit: True$",
     ],
+    "finetune_folder": [
+        r"^blocks: anneal 0\.00, agreement 1\.00$",
+        r"^all: anneal 1\.00, agreement \d\.\d\d$",
+        r"^files: curves\.png history\.csv model\.safetensors plan\.json recipe\.json training\.json$",
+        r"^same output, bit for bit: True$",
+    ],
     "own_block": [
         r"^1 after: context_gate, 82 parameters, start exact \(zero gate\)$",
         r"^laws held: True$",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import copy
 import re
+import sys
+import types
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -267,3 +269,57 @@ def test_without_a_network_named_weights_are_one_line(tmp_path: Path, monkeypatc
 def test_without_a_network_a_plan_can_still_be_made() -> None:
     source = resolve("squeezenet1_1", weights="DEFAULT", meta=True)
     assert (source.weights, source.model.num_classes) == ("DEFAULT", 1000)
+
+
+# --- checkpoints of Lightning ---
+
+
+def _lightning(state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, prefix: str = "net.") -> dict[str, Any]:
+    """What Lightning writes: the network below an attribute of its module, and settings in a class of its own."""
+    parts = ["lightning", "fabric", "utilities", "data"]
+    for number in range(len(parts)):  # not the real one: Lightning need not be installed
+        home = types.ModuleType(".".join(parts[: number + 1]))
+        home.__path__ = []
+        monkeypatch.setitem(sys.modules, home.__name__, home)
+    settings = type("AttributeDict", (dict,), {"__module__": home.__name__})
+    monkeypatch.setattr(home, "AttributeDict", settings, raising=False)
+    entries = {prefix + key: tensor for key, tensor in state.items()}
+    return {
+        "pytorch-lightning_version": "2.6.6",
+        "epoch": 1,
+        "state_dict": {**entries, "metric.total": torch.zeros(2)},
+        "hyper_parameters": settings(lr=0.1),
+    }
+
+
+@pytest.mark.parametrize("prefix", ["net.", "model."])
+def test_a_lightning_checkpoint_gives_the_network_below_its_attribute(
+    state: dict[str, Tensor], path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str
+) -> None:
+    assert _all_half(_load(_lightning(state, monkeypatch, prefix), path))
+
+
+def test_a_lightning_checkpoint_of_another_network_says_which_keys_are_missing(
+    state: dict[str, Tensor], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state.pop(next(iter(state)))
+    with pytest.raises(SourceError, match=r"the weights do not fit test:net: \d+ missing \(") as caught:
+        _load(_lightning(state, monkeypatch), path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_lightning_checkpoint_with_other_objects_is_refused(
+    state: dict[str, Tensor], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = {**_lightning(state, monkeypatch), "callbacks": argparse.Namespace(patience=3)}
+    with pytest.raises(SourceError, match=r"holds a pickled argparse\.Namespace, and pickles are not loaded"):
+        _load(saved, path)
+
+
+def test_such_settings_excuse_nothing_in_a_file_of_another_kind(
+    state: dict[str, Tensor], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = _lightning(state, monkeypatch)
+    del saved["pytorch-lightning_version"]
+    with pytest.raises(SourceError, match=r"holds a pickled lightning\.\S*AttributeDict, and pickles are not loaded"):
+        _load(saved, path)

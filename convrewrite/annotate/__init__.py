@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from convrewrite.annotate.kinds import is_feature, is_pool, kind, node_module, window_of
-from convrewrite.annotate.roles import Facts, assign
+from convrewrite.annotate.kinds import is_feature, is_pool, kind, node_module, stood_for, window_of
+from convrewrite.annotate.regions import assign_all
+from convrewrite.annotate.roles import Assigned, Facts
 from convrewrite.annotate.segments import BlockSpan, Segments
 from convrewrite.blocks.base import Block, conv_spec
 from convrewrite.blocks.blend import Blend, blend_cost
@@ -39,8 +40,11 @@ def annotate(captured: Captured) -> Graph:
     """Sites of all regions. A convolution seen in an outer region is not counted again in an inner one."""
     sites: list[Site] = []
     nodes: list[tuple[Region, fx.Node]] = []
-    for region in captured.regions:
-        found = _region_sites(region, captured.skeleton)
+    specs = [{n: c for n in r.graph.nodes if (c := _spec(r, n)) is not None} for r in captured.regions]
+    planar = [{n: c for n, c in s.items() if _planar(r, n)} for r, s in zip(captured.regions, specs, strict=True)]
+    assigned = assign_all(captured.regions, planar)
+    for region, convs, facts in zip(captured.regions, specs, assigned, strict=True):
+        found = _region_sites(region, captured.skeleton, convs, facts) * region.repeats
         sites.extend(s for s, _ in found)
         nodes.extend((region, n) for _, n in found)
     calls = Counter(s.path for s in sites)
@@ -57,21 +61,40 @@ def annotate(captured: Captured) -> Graph:
     return Graph(captured, tuple(numbered), {s.id: n for s, n in zip(numbered, nodes, strict=False)})
 
 
-def _region_sites(region: Region, skeleton: nn.Module) -> list[tuple[Site, fx.Node]]:
-    all_convs = {n: spec for n in region.graph.nodes if (spec := _spec(region, n)) is not None}
-    planar = {n: s for n, s in all_convs.items() if kind(region, n) == "conv2d" and is_feature(region.shapes.get(n))}
-    segments, facts = assign(region, planar)
+def _planar(region: Region, node: fx.Node) -> bool:
+    return kind(region, node) == "conv2d" and is_feature(region.shapes.get(node))
+
+
+def _region_sites(
+    region: Region, skeleton: nn.Module, all_convs: dict[fx.Node, ConvSpec], assigned: Assigned
+) -> list[tuple[Site, fx.Node]]:
+    segments, facts = assigned.segments, assigned.facts
     fields = _receptive_fields(region)
     users = _real_users(region)
     ends = _stage_ends(region, segments, facts)
     counts = Counter((f.stage, f.block) for f in facts.values() if f.span is not None)
     blocks_in = Counter(stage for stage, _ in counts)
-    found = []
+    found: list[tuple[Site, fx.Node]] = []
     for node, spec in all_convs.items():
-        fact = facts.get(node, Facts())
+        fact = facts.get(node) or Facts(part=assigned.part(node))
+        replaced = stood_for(region, node)
+        if replaced:
+            found.extend((site, node) for site in _replaced_sites(region, node, replaced))
+            continue
         site = _site(region, skeleton, node, spec, fact)
         found.append((_with_surroundings(site, region, node, fact, ends, blocks_in, fields, users), node))
     return found
+
+
+def _replaced_sites(region: Region, node: fx.Node, sites: tuple[Site, ...]) -> list[Site]:
+    """The convolutions of a block that was replaced as a whole, as they were; the first has the new block's cost."""
+    module = node_module(region, node)
+    stand = stand_of(module) if module is not None else None
+    source = next((i for i in node.all_input_nodes if region.shapes.get(i) is not None), None)
+    in_shape: Shape = region.shapes.get(source, ()) if source is not None else ()
+    assert stand is not None
+    cost = _cost(module, stand.conv, in_shape, region.shapes[node] or ())
+    return [replace(site, rewritten=stand.rule, cost=Cost() if i else cost) for i, site in enumerate(sites)]
 
 
 def _site(region: Region, skeleton: nn.Module, node: fx.Node, spec: ConvSpec, fact: Facts) -> Site:
@@ -83,6 +106,7 @@ def _site(region: Region, skeleton: nn.Module, node: fx.Node, spec: ConvSpec, fa
     out_shape: Shape = region.shapes[node] or ()
     stack = node.meta.get("nn_module_stack") or {}
     inside = tuple((region.path(str(path)), _class_name(kind_)) for path, kind_ in stack.values())
+    inside = (*_around(skeleton, region), *inside)
     if module is not None:
         path, inside = region.path(str(node.target)), tuple(i for i in inside if i[0] != region.path(str(node.target)))
         class_name = stand.module_class if stand else type(module).__name__
@@ -99,6 +123,7 @@ def _site(region: Region, skeleton: nn.Module, node: fx.Node, spec: ConvSpec, fa
         op=kind(region, node),
         module_class=class_name,
         role=fact.role,
+        part=fact.part,
         stage=fact.stage,
         block=fact.block,
         position=fact.position,
@@ -106,6 +131,13 @@ def _site(region: Region, skeleton: nn.Module, node: fx.Node, spec: ConvSpec, fa
         rewritten=stand.rule if stand else "",
         cost=_cost(module, spec, in_shape, out_shape),
     )
+
+
+def _around(skeleton: nn.Module, region: Region) -> tuple[tuple[str, str], ...]:
+    """The modules around the root of a region that was captured on its own, that root included."""
+    parts = region.prefix.split(".") if region.prefix else []
+    paths = [".".join(parts[:i]) for i in range(1, len(parts) + (not region.single))]
+    return tuple((path, type(skeleton.get_submodule(path)).__name__) for path in paths)
 
 
 def _cost(module: nn.Module | None, spec: ConvSpec, in_shape: Shape, out_shape: Shape) -> Cost:
@@ -225,6 +257,9 @@ def _functional_spec(region: Region, node: fx.Node) -> ConvSpec | None:
 
 def _border(region: Region, span: BlockSpan) -> tuple[str | None, Shape, Shape]:
     """(path, input shape, output shape) of the innermost module that is this block; ('', ...) never."""
+    if len(span.body) == 1 and span.exit is span.body[0] and stood_for(region, span.exit):
+        source: Any = region.shapes.get(span.exit.all_input_nodes[0])
+        return region.path(str(span.exit.target)), source, region.shapes.get(span.exit) or ()
     names = [str(n.target) for n in span.body if n.op == "call_module"]
     if not names or len(names) != len(span.body) or span.exit is None:
         return None, (), ()

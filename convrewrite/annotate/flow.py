@@ -19,21 +19,28 @@ from convrewrite.capture import Region
 class Flow:
     """Ancestor sets and cuts of a region's feature graph.
 
+    Args:
+        main: the node to take for the main output; by default the output that most convolutions feed.
+
     Attributes:
+        sources, raw: inputs and ancestors of every node, gates included.
+        outputs: the nodes that the region returns.
         live: nodes on a path from an input to the main output, in graph order.
         gates: nodes that compute a gate.
         aside: convolution nodes that feed only other outputs (auxiliary classifiers).
         cuts: the trunk, in order.
     """
 
-    def __init__(self, region: Region, convs: list[fx.Node]) -> None:
+    def __init__(self, region: Region, convs: list[fx.Node], main: fx.Node | None = None) -> None:
         self.region = region
         self.nodes = [n for n in region.graph.nodes if n.op != "output" and self._carries(n)]
         self.index = {n: i for i, n in enumerate(self.nodes)}
         self.inputs = {n: [i for i in n.all_input_nodes if i in self.index] for n in self.nodes}
         self.conv_bits = sum(1 << self.index[c] for c in convs if c in self.index)
-        self.ancestors = self._ancestors()
-        self.main = self._main_output()
+        self.sources = dict(self.inputs)
+        self.ancestors = self.raw = self._ancestors()
+        self.outputs = self._outputs()
+        self.main = main or self._main_output()
         self.gates = self._take_out_gates()
         self.ancestors = self._ancestors()
         self.live = self._live()
@@ -72,14 +79,17 @@ class Flow:
             found[node] = mask
         return found
 
-    def _main_output(self) -> fx.Node | None:
-        """Of the output's tensors the one that most convolutions feed; the first of equals."""
+    def _outputs(self) -> list[fx.Node]:
         output = next(n for n in self.region.graph.nodes if n.op == "output")
         ends: list[fx.Node] = []
         for node in output.all_input_nodes:
             packs = node.op == "call_function" and isinstance(node.target, type)  # a named tuple of outputs
             ends.extend(n for n in (node.all_input_nodes if packs else [node]) if n in self.index)
-        return max(ends, key=lambda n: (self.upto(n) & self.conv_bits).bit_count(), default=None)
+        return ends
+
+    def _main_output(self) -> fx.Node | None:
+        """Of the output's tensors the one that most convolutions feed; the first of equals."""
+        return max(self.outputs, key=lambda n: (self.upto(n) & self.conv_bits).bit_count(), default=None)
 
     def _take_out_gates(self) -> set[fx.Node]:
         """For x * g(x): cut the edge from the gate and return the nodes that compute it."""

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from convrewrite.capture import CONVS, FUNCTIONAL_CONVS, Region
+from convrewrite.sites import Site
 from convrewrite.stands import stand_of
 
 _RENAMED = {
@@ -32,6 +33,13 @@ _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 def node_module(region: Region, node: fx.Node) -> nn.Module | None:
     """The module that a call_module node calls."""
     return region.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def stood_for(region: Region, node: fx.Node) -> tuple[Site, ...]:
+    """The convolutions of the residual block that the node's module stands for as a whole; () of any other node."""
+    module = node_module(region, node)
+    stand = stand_of(module) if module is not None else None
+    return stand.sites if stand is not None else ()
 
 
 def kind(region: Region, node: fx.Node) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from convrewrite.annotate.flow import Flow
-from convrewrite.annotate.kinds import is_add, is_pool, kind
+from convrewrite.annotate.kinds import is_add, is_pool, kind, stood_for
 from convrewrite.sites import ConvSpec
 
 
@@ -49,7 +49,7 @@ def segment(flow: Flow, convs: dict[fx.Node, ConvSpec]) -> Segments:
             if between & flow.conv_bits or len(flow.inputs[cut]) > 1:
                 items.extend(_region_blocks(flow, previous, cut, between, convs))
         if cut in convs:
-            items.append(cut)
+            items.append(BlockSpan([cut], [], previous, cut) if stood_for(flow.region, cut) else cut)
         previous = cut
     items = _attach_squeeze(flow, items, convs)
     return Segments(_straight_blocks(flow, items, convs))
@@ -69,7 +69,7 @@ def _region_blocks(
     blocks: list[BlockSpan | fx.Node] = []
     left = between
     for join in inner:
-        nested = _nested_residual(flow, join, entry, left)
+        nested = nested_residual(flow, join, entry, left)
         if nested is not None:
             blocks.append(nested)
             left &= ~flow.bits([*nested.body, *nested.skip])
@@ -78,7 +78,7 @@ def _region_blocks(
     return sorted(blocks, key=lambda b: flow.index[b.exit] if isinstance(b, BlockSpan) and b.exit else 0)
 
 
-def _nested_residual(flow: Flow, join: fx.Node, entry: fx.Node, left: int) -> BlockSpan | None:
+def nested_residual(flow: Flow, join: fx.Node, entry: fx.Node | None, left: int) -> BlockSpan | None:
     """A residual block inside a larger region (HRNet, DLA), unless it is an arm of a split or of the same sum."""
     if not is_add(flow.region, join):
         return None
@@ -187,7 +187,7 @@ def _straight_blocks(
             if isinstance(item, BlockSpan) or (run and not _joined(flow, run[-1], item)):
                 break
             run.append(item)
-        size = _template([convs[n] for n in run], after_block=begun)
+        size = _template([convs[n] for n in run], after_block=begun and not _predicts(flow, run))
         if size:
             body = run[:size]
             entry = flow.inputs[body[0]][0] if flow.inputs[body[0]] else None
@@ -198,6 +198,14 @@ def _straight_blocks(
             result.append(items[i])
             i += 1
     return result
+
+
+def _predicts(flow: Flow, run: list[fx.Node]) -> bool:
+    """True if the second convolution gives the result: none follows it, and no norm (a dense classifier's 3x3, 1x1)."""
+    if len(run) < 2:
+        return False
+    last = any(flow.ancestors[n] >> flow.index[run[1]] & 1 for n in flow.members(flow.conv_bits))
+    return not last and not any("norm" in kind(flow.region, user) for user in run[1].users)
 
 
 def _template(run: list[ConvSpec], *, after_block: bool) -> int:

@@ -36,6 +36,10 @@ class AAConvOptions(BlockOptions):
         le=2,
         description="2 attends on the 3 x 3 average-pooled map of half the size and scales the result up",
     )
+    outputs: Literal["last", "chosen"] = Field(
+        default="last",
+        description="which output channels come from attention: the last, or those that a fitted start gives up",
+    )
 
 
 @register_block("aa_conv")
@@ -58,6 +62,9 @@ class AAConv(Block):
     3 x 3 with stride 2 over what is on the map, and brings the result back by bilinear interpolation. Dilation, groups,
     padding_mode and, where the replaced convolution has one, a bias (on conv and W_o) are those of the convolution.
     Other sizes than the planned: rH and rW are interpolated linearly, ends to ends.
+
+    outputs "chosen": the channels are put in another order afterwards, kept in the buffer `order` (C_out,); it starts
+    as the order above, and a fitted start chooses which channels the attention is to take over.
 
     Shape:
         (B, C_in, H, W) -> (B, C_out, Ho, Wo), the size the convolution gives; below, h x w = Ho x Wo, or
@@ -101,6 +108,10 @@ class AAConv(Block):
         extra = COORDINATES if options.position == "absolute" else 0
         self.qkv_conv = nn.Conv2d(self.in_channels + extra, 2 * self.keys + self.values, 1, bias=False)
         self.attn_out = nn.Conv2d(self.values, self.values, 1, bias=spec.bias)
+        self.order: Tensor | None = None
+        if options.outputs == "chosen":
+            del self.order
+            self.register_buffer("order", torch.arange(self.out_channels))
         self.key_rel_h: nn.Parameter | None = None
         self.key_rel_w: nn.Parameter | None = None
         if options.position == "relative":
@@ -132,6 +143,8 @@ class AAConv(Block):
         channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         att = self._attention(x)  # (B, d_v, Ho, Wo)
         y = att if self.conv_out is None else torch.cat([self._convolution(x, self.conv_out), att], 1)
+        if self.order is not None:
+            y = y.index_select(1, self.order)
         return y if channels_last else y.contiguous()
 
     def _convolution(self, x: Tensor, conv: nn.Conv2d) -> Tensor:

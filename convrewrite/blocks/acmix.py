@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from convrewrite.blocks.base import Block, BlockOptions, query_grid, register_block
-from convrewrite.blocks.local import Axis, local_attention, tile_counts
+from convrewrite.blocks.local import Axis, is_dense, local_attention, reads_maps, tile_counts
 from convrewrite.sites import ConvSpec, Cost, Place
 
 FLOAT_BYTES = 4
@@ -46,6 +46,8 @@ class ACmix(Block):
     kc^2 channels each, and starts as the kc^2 shifts. p_i cancels in the softmax, so p is subtracted from k
     once; W_p's bias cancels too and is kept for the authors' checkpoints alone. fc and the grouped convolution
     are both linear, so they run as one grouped convolution on q, k, v with the product of their weights.
+
+    The stated activation bytes are those of the backend "aten"; the others hold less.
 
     Dilation of the replaced convolution dilates both paths; stride keeps every stride-th query. Windows are
     centred where the convolution's were. Where that is outside the map (padding beyond "same"), x is
@@ -119,18 +121,31 @@ class ACmix(Block):
     def forward(self, x: Tensor) -> Tensor:
         channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         pads, rows, columns = _grids(self.spec, x.shape[2], x.shape[3])
-        qkv = self._project(F.pad(x, pads) if any(pads) else x)  # (B, H, W, 3, N, d)
+        dense = is_dense(*(replace(axis, kernel=self.options.window) for axis in (rows, columns)))
+        maps = x.is_contiguous() and reads_maps(self.backend, x, self.head_dim, dense=dense)
+        qkv = self._project(F.pad(x, pads) if any(pads) else x, maps=maps)  # (B, H, W, 3, N, d)
         att = self._attention(qkv, rows, columns)
         conv = self._convolution(qkv, rows, columns)
         y = torch.addcmul(conv, self.rate1.to(conv.dtype), att.to(conv.dtype)).permute(0, 3, 1, 2)  # (B, C, Ho, Wo)
         return y if channels_last else y.contiguous()
 
-    def _project(self, x: Tensor) -> Tensor:
-        """x (B, C_in, H, W) -> q, k, v as (B, H, W, 3, N, d), all from one matrix product."""
+    def _project(self, x: Tensor, *, maps: bool) -> Tensor:
+        """x (B, C_in, H, W) -> q, k, v as (B, H, W, 3, N, d), all from one matrix product.
+
+        In memory they are tokens, or with `maps` a map whose channels are the convolution path's groups in their order:
+        then neither path has to copy them.
+        """
+        batch, _, height, width = x.shape
+        heads, dim = self.options.heads, self.head_dim
         weight = torch.cat([self.conv1.weight, self.conv2.weight, self.conv3.weight]).flatten(1)
         bias = torch.cat([_bias(self.conv1), _bias(self.conv2), _bias(self.conv3)])
-        tokens = F.linear(x.flatten(2).transpose(1, 2), weight, bias)  # (B, H*W, 3*C)
-        return tokens.view(x.shape[0], x.shape[2], x.shape[3], 3, self.options.heads, self.head_dim)
+        if not maps:
+            tokens = F.linear(x.flatten(2).transpose(1, 2), weight, bias)  # (B, H*W, 3*C)
+            return tokens.view(batch, height, width, 3, heads, dim)
+        weight = weight.view(3 * heads, dim, -1).transpose(0, 1).flatten(0, 1)
+        qkv = torch.matmul(weight, x.flatten(2))  # (B, d*3*N, H*W)
+        qkv.add_(bias.view(3 * heads, dim).t().reshape(-1, 1).to(qkv.dtype))  # convolutions are slower at this
+        return qkv.view(batch, dim, 3, heads, height, width).permute(0, 4, 5, 2, 3, 1)
 
     def _attention(self, qkv: Tensor, y: Axis, x: Axis) -> Tensor:
         """The attention path, (B, Ho, Wo, C) with channel n * d + i."""
@@ -145,6 +160,7 @@ class ACmix(Block):
             stride=(y.stride, x.stride),
             dilation=(y.dilation, x.dilation),
             start=(y.start, x.start),
+            backend=self.backend,
         )
         return out.flatten(3)
 
@@ -164,6 +180,10 @@ class ACmix(Block):
         if self.options.layout == "ordered" and rate.numel() > 1:
             rate = rate.view(heads, dim).t().flatten()  # to the dim-major order of the filters
         weight = weight * rate.view(-1, 1, 1, 1)
+        # The layout of the weight decides that of the work: on CPU the grouped convolution's backward is much faster
+        # channels last (a third of the block's step at 64 x 56 x 56), and its forward is not worth copying q, k, v.
+        trains = torch.is_grad_enabled() and (qkv.requires_grad or weight.requires_grad)
+        weight = weight.contiguous(memory_format=torch.channels_last if trains else torch.contiguous_format)
         grouped = qkv.flatten(3, 4).transpose(3, 4).flatten(3)  # (B, H, W, d*3*N)
         top, bottom = replace(y, kernel=self.options.kernel_conv).padding
         left, right = replace(x, kernel=self.options.kernel_conv).padding

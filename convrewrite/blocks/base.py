@@ -35,7 +35,8 @@ class Block(nn.Module):
         actions: which of "replace" and "insert" it can do.
         exact: True if the freshly built block, inserted, is the exact identity (its gate is zero).
         span: "conv" if it stands for the convolution alone, "pool" if for the straight line from there to the
-            next pooling (a ResNet's conv1, bn1, relu, maxpool); `place.out_shape` is then the pooling's.
+            next pooling (a ResNet's conv1, bn1, relu, maxpool), where `place.out_shape` is the pooling's, "block" if
+            for the whole residual block around it, whose input and output `place` then has.
         silent: parameters whose gradient is zero by construction (they cancel out of the formula).
         paper: "Author et al. year, arXiv id".
     """
@@ -43,10 +44,13 @@ class Block(nn.Module):
     Options: ClassVar[type[BlockOptions]] = BlockOptions
     actions: ClassVar[tuple[Action, ...]] = ("replace",)
     exact: ClassVar[bool] = False
-    span: ClassVar[Literal["conv", "pool"]] = "conv"
+    span: ClassVar[Literal["conv", "pool", "block"]] = "conv"
     silent: ClassVar[tuple[str, ...]] = ()
     paper: ClassVar[str] = ""
     name: ClassVar[str] = ""
+
+    backend: str = "auto"
+    """What computes the block's attention, where it has a choice; `convrewrite.set_backend` sets it."""
 
     def __init__(self, place: Place, options: BlockOptions) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from convrewrite.blocks.base import Block
@@ -19,6 +20,9 @@ class Blend(nn.Module):
     training moves from 0 to 1; at 1 the output is the block's, bit for bit, and `finalize` drops the convolution.
     The weighted sum is exact at both ends and, unlike conv + a (block - conv), cannot overflow there.
 
+    With `draws` on, training replaces `anneal` by a draw: 1 with probability `anneal`, else 0, so that each step
+    runs with some sites replaced entirely (Xu et al. 2020, BERT-of-Theseus, arXiv 2002.02925, eq. 4).
+
     Shape: (B, C_in, H, W) -> (B, C_out, Ho, Wo), as both parts.
 
     State dict: ``conv.*``, ``block.*``, ``gate`` (C_out, 1, 1), ``anneal`` ().
@@ -33,14 +37,28 @@ class Blend(nn.Module):
         super().__init__()
         self.conv = conv
         self.block = block
-        self.gate = nn.Parameter(conv.weight.new_zeros(conv.out_channels, 1, 1))
-        self.register_buffer("anneal", conv.weight.new_zeros(()))
+        like = next(conv.parameters())  # not conv.weight: reading a spectral norm's weight changes its buffers
+        self.gate = nn.Parameter(like.new_zeros(conv.out_channels, 1, 1))
+        self.register_buffer("anneal", like.new_zeros(()))
+        self._draws = False  # of training, not of the architecture: `identity` does not count it
+
+    @property
+    def draws(self) -> bool:
+        """Whether training draws conv or block at random instead of mixing them."""
+        return self._draws
+
+    @draws.setter
+    def draws(self, value: bool) -> None:
+        self._draws = value
 
     def forward(self, x: Tensor) -> Tensor:
         old: Tensor = self.conv(x)
         new: Tensor = self.block(x)
-        keep = (1 - self.gate) * (1 - self.anneal)
-        take = self.gate * (1 - self.anneal) + self.anneal  # exactly 1 at anneal = 1, whatever the gate
+        anneal = self.anneal
+        if self._draws and self.training:  # rand < 1, so that at 1 it is the block every time
+            anneal = (torch.rand((), device=anneal.device) < anneal).to(anneal.dtype)
+        keep = (1 - self.gate) * (1 - anneal)
+        take = self.gate * (1 - anneal) + anneal  # exactly 1 at anneal = 1, whatever the gate
         return old * keep.to(old.dtype) + new.to(old.dtype) * take.to(old.dtype)
 
     def finalize(self) -> nn.Module:

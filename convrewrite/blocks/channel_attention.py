@@ -37,11 +37,11 @@ class ChannelAttention(Block):
         B 4 C^2 L
 
     Reference:
-        Fu et al. 2019, arXiv 1809.02983, section 3.3, equations 3 and 4. beta is called `gamma` as in the authors'
+        Fu et al. 2019, arXiv 1809.02983. beta is called `gamma` as in the authors'
         code (junfu1115/DANet, CAM_Module), so its state dict loads as it is.
 
     Facts found in the authors' code:
-        - The paper's equation 3 has softmax_d(x_c . x_d); the code takes softmax_d(max_e(x_c . x_e) - x_c . x_d),
+        - The paper has softmax_d(x_c . x_d); the code takes softmax_d(max_e(x_c . x_e) - x_c . x_d),
           which is the softmax of the negated energies (the maximum cancels). This is the code's form.
         - In float16 its energies overflow from 65,504; here they are summed in float32.
     """
@@ -60,9 +60,13 @@ class ChannelAttention(Block):
         return refuse_change(cls.name, place)
 
     def forward(self, x: Tensor) -> Tensor:
+        return gated(x, self.gamma, self.attention(x))
+
+    def attention(self, x: Tensor) -> Tensor:
+        """What is added to `x`, before the gate: (B, C, H, W) -> (B, C, H, W)."""
         channels = x.flatten(2).contiguous()  # (B, C, H*W)
         # Not scale=-1: kernels that scale inside the exponential take the maximum before it.
-        return gated(x, self.gamma, attend(-channels, channels, channels).view_as(x))
+        return attend(-channels, channels, channels).view(x.shape)
 
     @classmethod
     def cost(cls, place: Place, options: BlockOptions) -> Cost:

@@ -42,9 +42,8 @@ class CrissCross(Block):
         R B HW (2 C (2 r + C) + 2 (H + W) (r + C))
 
     Reference:
-        Huang et al. 2019, arXiv 1811.11721, equations 1 and 2 (Q, K, V are q, k, v; gamma stands in the code alone)
-        and section 3.3 for R. Parameter names and shapes are those of the authors' code (speedinghzl/CCNet), so its
-        state dict loads as it is.
+        Huang et al. 2019, arXiv 1811.11721 (Q, K, V are q, k, v; gamma stands in the code alone).
+        Parameter names and shapes are those of the authors' code (speedinghzl/CCNet), so its state dict loads as it is.
 
     Facts found in the authors' code:
         - It excludes u from the column by a (B W, H, H) tensor of -inf on the diagonal, built with `.cuda()`, so it
@@ -82,10 +81,9 @@ class CrissCross(Block):
         """(B, C, H, W) -> (B, H, W, C)."""
         batch, _, height, width = x.shape
         tokens = to_tokens(x)
-        q, k, v = (
-            pointwise(conv, tokens).view(batch, height, width, conv.out_channels)
-            for conv in (self.query_conv, self.key_conv, self.value_conv)
-        )
+        q = pointwise(self.query_conv, tokens).view(batch, height, width, self.query_conv.out_channels)
+        k = pointwise(self.key_conv, tokens).view(batch, height, width, self.key_conv.out_channels)
+        v = pointwise(self.value_conv, tokens).view(batch, height, width, self.value_conv.out_channels)
         del tokens
         weights = self._weights(q, k)  # (B, H, W, H + W)
         del q, k

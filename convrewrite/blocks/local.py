@@ -1,114 +1,29 @@
-"""Attention of every query over a small window of keys, without ever unfolding the map.
-
-Unfolding k x k windows writes k^2 copies of keys and values to fresh memory, and that, not arithmetic, is
-what published code spends its time on. Here queries are cut into b x b tiles; a tile sees one patch of
-((b - 1) stride + span)^2 keys, which a single ``index_select`` gathers (border rule, tiling and overlap all
-sit in its index, and its backward is a plain sum), and a constant additive mask hides the keys outside each
-query's window from ``scaled_dot_product_attention``. Small maps skip the tiles: every query sees every
-key, and the mask holds the logarithm of how often its window meets that key.
-"""
+"""Attention of every query over a small window of keys, without ever unfolding the map."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
-
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor, nn
 
-Pair = tuple[int, int]
-Border = Literal["reflect", "zero", "mask"]
+from convrewrite.blocks.base import Block
+from convrewrite.kernels.aten import is_whole_map, local_attention_aten, tile_counts
+from convrewrite.kernels.backends import check_name, choose
+from convrewrite.kernels.geometry import EXCLUDED, Axis, Border, LocalSpec, Pair, reflect_index
+from convrewrite.kernels.op import local_attention_op
 
-EXCLUDED = -3e4
-"""Logit of a key outside the window: finite in every dtype, so that no row is ever all -inf (NaN)."""
-
-DENSE = 1.5
-"""Attend to the whole map when it holds at most this many times the keys of one tile."""
-
-CUDA_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Without cuDNN, whose gradients with a mask are NaN at 64 queries since torch 2.11 (pytorch#196678)."""
-
-
-@dataclass(frozen=True)
-class Axis:
-    """Windows and tiles along one axis: query i is centred on input position ``start + i * stride``.
-
-    Attributes:
-        size: number of input positions. count: number of queries. tile: queries of one tile.
-    """
-
-    size: int
-    count: int
-    kernel: int
-    stride: int
-    dilation: int
-    start: int
-    tile: int = 0
-
-    @property
-    def span(self) -> int:
-        """Positions from the first to the last tap of a window."""
-        return self.dilation * (self.kernel - 1) + 1
-
-    @property
-    def first(self) -> int:
-        """Position of the first query's first tap; an even span has its extra tap at the end, as in `query_grid`."""
-        return self.start - (self.span - 1) // 2
-
-    @property
-    def padding(self) -> Pair:
-        """Positions that windows reach (before, after) the map; negative where they end inside it."""
-        return -self.first, self.first + (self.count - 1) * self.stride + self.span - self.size
-
-    @property
-    def extent(self) -> int:
-        """Keys that one tile sees."""
-        return (self.tile - 1) * self.stride + self.span
-
-    @property
-    def tiles(self) -> int:
-        return -(-self.count // self.tile)
-
-    def tiled(self) -> Axis:
-        """This axis with the tile that costs least: few wasted keys, few padded queries, few small products."""
-
-        def cost(tile: int) -> int:
-            return -(-self.count // tile) * (tile + 8) * ((tile - 1) * self.stride + self.span + 2)
-
-        return replace(self, tile=min(range(1, min(self.count, 16) + 1), key=cost))
-
-    def queries(self, device: torch.device) -> Tensor:
-        """Query of every place in every tile, the last one repeated where tiles overhang: (tiles, tile)."""
-        return torch.arange(self.tiles * self.tile, device=device).clamp(max=self.count - 1).view(-1, self.tile)
-
-    def keys(self, device: torch.device) -> Tensor:
-        """Input position, possibly outside the map, of every key of every tile: (tiles, extent)."""
-        begin = torch.arange(self.tiles, device=device) * (self.tile * self.stride) + self.first
-        return begin[:, None] + torch.arange(self.extent, device=device)
-
-    def taps(self, device: torch.device) -> Tensor:
-        """Which tap of query i is key j of its tile, `kernel` where none is: (tile, extent)."""
-        reach = torch.arange(self.extent, device=device)
-        offset = reach - torch.arange(self.tile, device=device)[:, None] * self.stride
-        hit = (offset >= 0) & (offset < self.span) & (offset % self.dilation == 0)
-        return torch.where(hit, offset // self.dilation, self.kernel)
-
-    def multiplicity(self, border: Border, device: torch.device) -> Tensor:
-        """How many taps of query i land on input position j: (count, size)."""
-        tap = torch.arange(self.kernel, device=device) * self.dilation
-        at = torch.arange(self.count, device=device)[:, None] * self.stride + self.first + tap  # (count, kernel)
-        at = reflect_index(at, self.size) if border == "reflect" else at
-        return (at[..., None] == torch.arange(self.size, device=device)).sum(1)
-
-
-def reflect_index(position: Tensor, size: int) -> Tensor:
-    """Positions on an endless axis folded into 0..size-1 by mirrors at both ends (a triangle wave)."""
-    if size == 1:
-        return torch.zeros_like(position)
-    folded = position.remainder(2 * (size - 1))
-    return torch.minimum(folded, 2 * (size - 1) - folded)
+__all__ = [
+    "EXCLUDED",
+    "Axis",
+    "Border",
+    "Pair",
+    "is_dense",
+    "local_attention",
+    "reads_maps",
+    "reflect_index",
+    "reflect_pad",
+    "set_backend",
+    "tile_counts",
+]
 
 
 def reflect_pad(x: Tensor, left: int, right: int, top: int, bottom: int) -> Tensor:
@@ -138,183 +53,74 @@ def local_attention(
     rows: Tensor | None = None,
     columns: Tensor | None = None,
     bias: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Softmax attention of each query over the window of keys around it.
 
         y_i = sum_o softmax_o( scale * q_i . (k_{i+o} + r_o) + bias_o ) v_{i+o}
 
     Args:
-        q: (B, Ho, Wo, N, d); query (a, b) is centred on key ``start + (a, b) * stride``.
+        q: (B, Ho, Wo, N, d); query (a, b) is centred on key ``start + (a, b) * stride``. Any strides in memory.
         k: (B, H, W, N, d). v: (B, H, W, N, dv), dv of any width.
         window: taps (kh, kw), `dilation` apart; of an even span the extra tap is at the end.
         border: keys outside the map are the mirrored ones ("reflect"), zeros that take part in the
             softmax ("zero"), or absent ("mask"; a window that lies wholly outside then has no meaning).
-        relative: r, (N or 1, d, kh * kw), any learned vector per tap. Materialises all logits of a tile.
+        relative: r, (N or 1, d, kh * kw), any learned vector per tap. Only "aten" has it, and materialises all
+            logits of a tile.
         rows, columns: r as a sum r_row + r_column, (N or 1, d, kh) and (N or 1, d, kw): the same
             and much cheaper (they ride along as extra channels against one-hot keys, arXiv 2505.12044).
         bias: (N or 1, kh * kw), a logit per tap, not scaled.
+        backend: "native" (the C kernel, on CPU), "triton" (on GPU), "aten" (composed of torch's operations, anywhere),
+            or "auto": what the environment variable CONVREWRITE_BACKEND says, else the first of these that can.
+            "auto" and all others become "aten" while a model is being exported.
 
     Returns:
         (B, Ho, Wo, N, dv), in the dtype of `q`. Sums and softmax run in float32 or wider.
+
+    Raises:
+        BackendError: the backend that was asked for is unknown, or cannot do this.
     """
-    if border == "zero":
-        k, v, start = _zero_border(k, v, q, window, stride, dilation, start)
-    axes = [Axis(k.shape[i + 1], q.shape[i + 1], window[i], stride[i], dilation[i], start[i]).tiled() for i in range(2)]
-    if relative is None and rows is None and columns is None and bias is None and _whole_map(*axes):
-        return _dense(q, k, v, axes[0], axes[1], scale, border)
-    return _tiled(q, k, v, axes[0], axes[1], scale, border, relative, rows, columns, bias)
+    spec = LocalSpec(window, stride, dilation, start, border, scale)
+    plain = relative is None and rows is None and columns is None and bias is None and border != "zero"
+    dense = plain and is_dense(*spec.axes(q.shape[1:3], k.shape[1:3]))
+    name = choose(backend, q, q.shape[4], relative=relative is not None, dense=dense)
+    if name == "aten":
+        return local_attention_aten(q, k, v, spec, relative, rows, columns, bias)
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    numbers = (list(window), list(stride), list(dilation), list(start), border, scale, name)
+    out: Tensor = local_attention_op(q, k, v, rows, columns, bias, *numbers)[0]
+    return out
 
 
-def _whole_map(y: Axis, x: Axis) -> bool:
-    return y.size * x.size <= DENSE * y.extent * x.extent
+def is_dense(y: Axis, x: Axis) -> bool:
+    """Whether "aten" attends to the whole map at once over these axes, without relative terms and zero border."""
+    return is_whole_map(y.tiled(), x.tiled())
 
 
-def tile_counts(y: Axis, x: Axis) -> tuple[int, int, int]:
-    """(tiles, queries a tile, keys a tile) that `local_attention` works on for one image, without relative terms."""
-    y, x = y.tiled(), x.tiled()
-    if _whole_map(y, x):
-        return 1, y.count * x.count, y.size * x.size
-    return y.tiles * x.tiles, y.tile * x.tile, y.extent * x.extent
+def reads_maps(backend: str, x: Tensor, width: int, *, dense: bool = False) -> bool:
+    """Whether `local_attention` of projections of `x` (B, C, H, W) is fastest on views of maps (B, N * d, H, W).
+
+    Kernels read and write those without a copy. "aten" has to copy them: it wants tokens, channels last.
+    `width` is d; `dense` is what `is_dense` says.
+    """
+    return choose(backend, x, width, dense=dense) != "aten"
 
 
-def _zero_border(
-    k: Tensor, v: Tensor, q: Tensor, window: Pair, stride: Pair, dilation: Pair, start: Pair
-) -> tuple[Tensor, Tensor, Pair]:
-    """Keys and values with as many zeros around them as any window reaches, and `start` moved with them."""
-    amounts: list[int] = []
-    for i in (1, 0):
-        axis = Axis(k.shape[i + 1], q.shape[i + 1], window[i], stride[i], dilation[i], start[i])
-        amounts += [max(0, amount) for amount in axis.padding]
-    pads = [0, 0, 0, 0, *amounts]
-    return F.pad(k, pads), F.pad(v, pads), (start[0] + amounts[2], start[1] + amounts[0])
+def set_backend(model: nn.Module, backend: str) -> int:
+    """Have `backend` compute the local attention of every block in `model`, from the next forward on.
 
+    Args:
+        model: rewritten or not, changed in place. Nothing of this is in its state dict, and a copy keeps it.
+        backend: "native", "triton", "aten", or "auto" for the fastest that can, as `local_attention` has them.
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, y: Axis, x: Axis, scale: float, border: Border) -> Tensor:
-    """Every query over all keys; the logarithm of a key's multiplicity makes it equal to the windowed softmax."""
-    batch, height, width, heads, _ = q.shape
-    log_y, log_x = (axis.multiplicity(border, q.device).to(q.dtype).log() for axis in (y, x))
-    mask = (log_y[:, None, :, None] + log_x[None, :, None, :]).clamp(min=EXCLUDED)  # (Ho, Wo, H, W)
-    mask = mask.view(1, 1, height * width, y.size * x.size)
-    out = _attend(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), mask, scale)
-    return out.reshape(batch, height, width, heads, v.shape[-1])
+    Returns:
+        How many blocks were set.
 
-
-def _tiled(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    y: Axis,
-    x: Axis,
-    scale: float,
-    border: Border,
-    relative: Tensor | None,
-    rows: Tensor | None,
-    columns: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
-    batch, height, width, heads, _ = q.shape
-    key_y, key_x = y.keys(q.device), x.keys(q.device)
-    source_y, source_x = (
-        reflect_index(at, axis.size) if border == "reflect" else at.clamp(0, axis.size - 1)
-        for at, axis in ((key_y, y), (key_x, x))
-    )
-    pick_keys = _grid(source_y, source_x, x.size)  # (tiles, keys)
-    query_y, query_x = y.queries(q.device), x.queries(q.device)
-    q_tile = _gather(q, _grid(query_y, query_x, width))  # (B * tiles, queries, N, d)
-    k_tile, v_tile = _gather(k, pick_keys), _gather(v, pick_keys)  # (B * tiles, keys, N, d or dv)
-
-    mask = _window_mask(y, x, q)  # (1, 1, queries, keys)
-    if border == "mask":
-        inside = _grid_all((key_y >= 0) & (key_y < y.size), (key_x >= 0) & (key_x < x.size))  # (tiles, keys)
-        outside = torch.where(inside, 0.0, EXCLUDED).to(q.dtype).repeat(batch, 1)
-        mask = mask + outside[:, None, None, :]
-    if bias is not None:
-        mask = mask + _placed(bias, _taps(y, x, q.device)).to(q.dtype)  # (1, N, queries, keys)
-    if relative is not None:
-        table = _placed(relative, _taps(y, x, q.device)).to(q.dtype)  # (N or 1, d, queries, keys)
-        mask = mask + torch.einsum("tqnd,ndqk->tnqk", q_tile * scale, table.expand(heads, -1, -1, -1))
-    if rows is not None or columns is not None:
-        q_tile, k_tile = _with_axis_terms(q_tile, k_tile, y, x, rows, columns)
-
-    out = _attend(q_tile, k_tile, v_tile, mask, scale)  # (B * tiles, queries, N, dv)
-    del q_tile, k_tile, v_tile  # the largest tensors here; inference needs them no more
-    out = out.reshape(batch, y.tiles * x.tiles * y.tile * x.tile, heads, v.shape[-1])
-    place_y, place_x = torch.arange(height, device=q.device), torch.arange(width, device=q.device)
-    tile = (place_y // y.tile)[:, None] * x.tiles + place_x // x.tile
-    back = tile * (y.tile * x.tile) + (place_y % y.tile)[:, None] * x.tile + place_x % x.tile
-    return out.index_select(1, back.flatten()).view(batch, height, width, heads, v.shape[-1])
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """SDPA on (B, L, N, d). The fast CPU path wants values as wide as keys, so the narrower one is padded."""
-    value_width = v.shape[-1]
-    gap = q.shape[-1] - value_width
-    if gap > 0:
-        v = F.pad(v, (0, gap))
-    elif gap < 0:
-        q, k = F.pad(q, (0, -gap)), F.pad(k, (0, -gap))
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if q.is_cuda:
-        with sdpa_kernel(CUDA_KERNELS):
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return out.transpose(1, 2)[..., :value_width]
-
-
-def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """Tiles (B * tiles, positions, N, d) of x (B, H, W, N, d) by flat positions (tiles, positions)."""
-    batch, _, _, heads, width = x.shape
-    return x.flatten(1, 2).index_select(1, index.flatten()).view(batch * index.shape[0], index.shape[1], heads, width)
-
-
-def _grid(y: Tensor, x: Tensor, width: int) -> Tensor:
-    """Flat positions y * width + x of all pairs of tiles: (Ty, m), (Tx, n) -> (Ty * Tx, m * n)."""
-    flat = y[:, None, :, None] * width + x[None, :, None, :]
-    return flat.reshape(y.shape[0] * x.shape[0], y.shape[1] * x.shape[1])
-
-
-def _grid_all(y: Tensor, x: Tensor) -> Tensor:
-    """As `_grid`, of truth values: true where both are."""
-    both = y[:, None, :, None] & x[None, :, None, :]
-    return both.reshape(y.shape[0] * x.shape[0], y.shape[1] * x.shape[1])
-
-
-def _taps(y: Axis, x: Axis, device: torch.device) -> Tensor:
-    """Flat tap of each key for each query of a tile, kh * kw where it is outside the window: (queries, keys)."""
-    tap_y, tap_x = y.taps(device)[:, None, :, None], x.taps(device)[None, :, None, :]
-    both = (tap_y < y.kernel) & (tap_x < x.kernel)
-    flat = torch.where(both, tap_y * x.kernel + tap_x, y.kernel * x.kernel)
-    return flat.reshape(y.tile * x.tile, y.extent * x.extent)
-
-
-def _window_mask(y: Axis, x: Axis, like: Tensor) -> Tensor:
-    """0 where a key is in the query's window, else EXCLUDED: (1, 1, queries, keys)."""
-    hit = _taps(y, x, like.device) < y.kernel * x.kernel
-    return torch.where(hit, 0.0, EXCLUDED).to(like.dtype)[None, None]
-
-
-def _placed(table: Tensor, taps: Tensor) -> Tensor:
-    """A table (..., taps) laid out over (queries, keys): zero where the key is no tap of the query."""
-    flat = F.pad(table, (0, 1)).index_select(-1, taps.flatten())
-    return flat.view(*table.shape[:-1], *taps.shape)
-
-
-def _with_axis_terms(
-    q: Tensor, k: Tensor, y: Axis, x: Axis, rows: Tensor | None, columns: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """q . r_row and q . r_column as extra channels of q, against keys that are one-hot in row and column."""
-    heads, device = q.shape[2], q.device
-    grid = q.view(q.shape[0], y.tile, x.tile, heads, q.shape[-1])  # (T, by, bx, N, d)
-    queries, keys = [q], [k]
-    if rows is not None:
-        table = _placed(rows, y.taps(device)).to(q.dtype).expand(heads, -1, -1, -1)  # (N, d, by, ey)
-        queries.append(torch.einsum("tyxnd,ndye->tyxne", grid, table).flatten(1, 2).to(q.dtype))
-        hot = torch.eye(y.extent, device=device, dtype=k.dtype).repeat_interleave(x.extent, 0)  # (keys, ey)
-        keys.append(hot[None, :, None].expand(k.shape[0], -1, heads, -1))
-    if columns is not None:
-        table = _placed(columns, x.taps(device)).to(q.dtype).expand(heads, -1, -1, -1)  # (N, d, bx, ex)
-        queries.append(torch.einsum("tyxnd,ndxe->tyxne", grid, table).flatten(1, 2).to(q.dtype))
-        hot = torch.eye(x.extent, device=device, dtype=k.dtype).repeat(y.extent, 1)  # (keys, ex)
-        keys.append(hot[None, :, None].expand(k.shape[0], -1, heads, -1))
-    return torch.cat(queries, -1), torch.cat(keys, -1)
+    Raises:
+        BackendError: there is no backend of that name.
+    """
+    check_name(backend, "set_backend")
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for block in blocks:
+        block.backend = backend
+    return len(blocks)

@@ -145,7 +145,8 @@ class NonLocal(Block):
     def _embedded_gaussian(self, x: Tensor) -> Tensor:
         tokens = to_tokens(x)
         q = pointwise(self.theta, tokens)
-        k, v = (self._keys(pointwise(conv, tokens), x) for conv in (self.phi, self.g))
+        k = self._keys(pointwise(self.phi, tokens), x)
+        v = self._keys(pointwise(self.g, tokens), x)
         del tokens  # the memory is needed elsewhere
         return attend(q, k, v, self._scale(q.shape[-1]))
 
@@ -158,7 +159,8 @@ class NonLocal(Block):
     def _dot_product(self, x: Tensor) -> Tensor:
         tokens = to_tokens(x)
         q = pointwise(self.theta, tokens)
-        k, v = (self._keys(pointwise(conv, tokens), x) for conv in (self.phi, self.g))
+        k = self._keys(pointwise(self.phi, tokens), x)
+        v = self._keys(pointwise(self.g, tokens), x)
         del tokens
         k = (k / v.shape[1]).transpose(1, 2)  # (B, d, M)
         if _matrix_first(q.shape[1], v.shape[1], v.shape[2]):

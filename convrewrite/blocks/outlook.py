@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from convrewrite.blocks.base import Block, BlockOptions, register_block
 from convrewrite.blocks.local import Pair
-from convrewrite.blocks.overlap import source_softmax, weighted_overlap
+from convrewrite.blocks.overlap import line_elements, source_softmax, weighted_overlap
 from convrewrite.blocks.pooled import pooled_grid
 from convrewrite.sites import Cost, Place
 
@@ -203,12 +203,12 @@ def outlook_cost(c_in: int, c_out: int, heads: int, window: int, step: int, size
     pixels, centres = size[0] * size[1], -(-size[0] // step) * -(-size[1] // step)
     made, spread = centres * heads * window**4, pixels * heads * window**4
     summed = pixels * heads * (2 * window - 1) ** 2
-    padded = (size[0] + 2 * window - 2) * (size[1] + 2 * window - 2) * c_out
+    lines = line_elements(size, 2 * window - 1, heads, c_out // heads)
     flops = 2 * pixels * c_out * (c_in + (2 * window - 1) ** 2) + 2 * centres * c_in * heads * window**4
     pooled = centres * c_in if step > 1 else 0
     values = pixels * c_out
     between = spread if step > 1 else 0
-    infer = values + max(pooled + 2 * made, made + between + summed, summed + padded + values)
+    infer = values + max(pooled + 2 * made, made + between + summed, summed + lines + values)
     return c_in * c_out + (c_in + 1) * heads * window**4, flops, infer, values + pooled + made + summed
 
 

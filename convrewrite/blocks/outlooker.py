@@ -32,15 +32,21 @@ class OutlookerOptions(BlockOptions):
 
 @register_block("outlooker")
 class Outlooker(Block):
-    """Outlook attention, then an MLP, inserted into the way of a feature map.
+    """Outlook attention, then an MLP, inserted into the way of a feature map or in place of a residual block.
 
         x <- x + attn( LN x )        x <- x + W_2 GELU( W_1 LN x )
 
     attn is that of the block `outlook`, at the map's own resolution. LN, W_1 and W_2 run over the channels of each
-    pixel, with bias. The freshly built block is the exact identity: the last linear map of each branch (W_o of attn,
-    W_2) starts at zero, weight and bias. So the block has the paper's parameters and no others, its state dict is
+    pixel, with bias.
+
+    Inserted, the freshly built block is the exact identity: the last linear map of each branch (W_o of attn, W_2)
+    starts at zero, weight and bias. So the block has the paper's parameters and no others, its state dict is
     VOLO's, and the first step of training moves the whole of both matrices; a layer scale would add 2 C
     parameters that the paper does not have, to no other effect.
+
+    `replace` puts it in place of the whole residual block around the convolution that the rule matched: both of its
+    branches bring their own sum with x, so all of the block goes, shortcut and last activation included. It
+    starts as in the authors' code (start: fresh; there is no exact one), and takes blocks that keep size and channels.
 
     Shape:
         (B, C, H, W) -> (B, C, H, W)
@@ -52,13 +58,14 @@ class Outlooker(Block):
         B HW (4 C^2 + 2 C (2K - 1)^2 + 4 C M) + B hw 2 C N K^4       hw = ceil(H / step) ceil(W / step)
 
     Reference:
-        Yuan et al. 2021, arXiv 2106.13112, equations 1 and 2; K = 3, step 2, N = C / 32 and mlp_ratio 3 are VOLO-D1's.
+        Yuan et al. 2021, arXiv 2106.13112; K = 3, step 2, N = C / 32 and mlp_ratio 3 are VOLO-D1's.
         Parameter names and shapes are those of VOLO's code (sail-sg/volo, timm), so its state dict loads as it is.
     """
 
     Options = OutlookerOptions
-    actions = ("insert",)
+    actions = ("insert", "replace")
     exact = True
+    span = "block"
     paper = "Yuan et al. 2021, arXiv 2106.13112"
     options: OutlookerOptions
 
@@ -76,18 +83,18 @@ class Outlooker(Block):
         )
         self.norm2 = nn.LayerNorm(channels)
         self.mlp = _MLP(channels, _hidden(channels, options))
-        for last in (self.attn.proj, self.mlp.fc2):
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+        if place.conv is None:  # inserted
+            for last in (self.attn.proj, self.mlp.fc2):
+                nn.init.zeros_(last.weight)
+                nn.init.zeros_(last.bias)
 
     @classmethod
     def refuse(cls, place: Place, options: BlockOptions) -> str | None:
         assert isinstance(options, OutlookerOptions)
-        if place.conv is not None:
-            return "outlooker can only be inserted, not replace a convolution"
         if place.in_shape[1:] != place.out_shape[1:]:
             came, wanted = ("x".join(map(str, shape[1:])) for shape in (place.in_shape, place.out_shape))
-            return f"the map changes from {came} to {wanted}, outlooker keeps channels and size"
+            what = "map" if place.conv is None else "block"
+            return f"the {what} changes from {came} to {wanted}, outlooker keeps channels and size"
         return refuse_window(place.in_shape[1], options.heads, options.window, options.step)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,6 +129,7 @@ class _MLP(nn.Module):
         self.fc1 = nn.Linear(channels, hidden)
         self.fc2 = nn.Linear(hidden, channels)
         start_linear(self.fc1)
+        start_linear(self.fc2)
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.fc2(F.gelu(self.fc1(x)))

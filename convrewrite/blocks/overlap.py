@@ -8,6 +8,7 @@ one number, so what is left is one weighted sum over the (2K - 1)^2 offsets betw
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import product
 from types import EllipsisType
 from typing import Any
@@ -66,7 +67,8 @@ def weighted_overlap(
 def source_softmax(logits: Tensor, heads: int, window: int) -> Tensor:
     """Softmax over the sources: (B, N, K, K, K, K, h, w), target row and column first, then the source's."""
     b, _, h, w = logits.shape
-    weights = logits.contiguous().view(b, heads, window**2, window**2, h, w).softmax(3)
+    # In three dimensions: torch's softmax over an inner one takes three times as long with more of them on CPU.
+    weights = logits.contiguous().view(b * heads * window**2, window**2, h * w).softmax(1)
     return weights.view(b, heads, window, window, window, window, h, w)
 
 
@@ -132,32 +134,135 @@ def _weighted_sum(values: Tensor, weights: Tensor, side: int, dilation: Pair) ->
 
 
 class _WeightedSum(torch.autograd.Function):
-    """`_weighted_sum` with a backward of its own: autograd would make a padded gradient for each of the taps."""
+    """`_weighted_sum` with a backward of its own: autograd would make a padded gradient for each of the taps.
+
+    In eager mode a few heads at a time, which stay in a processor's cache through all taps, with rows laid end to end:
+    a shift by an offset is then a shift of one long row. A compiler fuses the plain form by itself.
+    """
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, weights: Tensor, side: int, dilation: Pair) -> Tensor:
         ctx.save_for_backward(values, weights)
         ctx.side, ctx.dilation = side, dilation
-        padded = _padded(values, side, dilation)
         y = values.new_zeros(values.shape, dtype=torch.promote_types(values.dtype, torch.float32))
-        for tap, rows, columns in _taps(values, side, dilation):
-            y.addcmul_(padded[..., rows, columns], weights[:, :, tap, None])
+        if torch.compiler.is_compiling():
+            padded = _padded(values, side, dilation)
+            for tap, rows, columns in _taps(values, side, dilation):
+                y.addcmul_(padded[..., rows, columns], weights[:, :, tap, None])
+            return y
+        lines = _Lines.of(values, side, dilation)
+        for part in lines.parts(values):
+            source, by = lines.padded(values, part), lines.pixels(weights, part)
+            total = y.new_zeros(*source.shape[:2], lines.length)
+            for tap, begin in lines.taps(values):
+                total.addcmul_(source[..., begin : begin + lines.length], by[:, tap, None])
+            y.flatten(0, 1)[part] = lines.cut(total)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         values, weights = ctx.saved_tensors
-        padded = _padded(values, ctx.side, ctx.dilation)
-        to_values = torch.zeros_like(padded, dtype=grad.dtype)
-        to_weights = torch.zeros_like(weights)
-        products = torch.empty_like(grad)  # one for all taps: fresh memory costs more than the product
-        for tap, rows, columns in _taps(values, ctx.side, ctx.dilation):
-            to_values[..., rows, columns].addcmul_(grad, weights[:, :, tap, None])
-            to_weights[:, :, tap] = torch.mul(grad, padded[..., rows, columns], out=products).sum(2)
-        reach_y, reach_x = (ctx.side // 2 * d for d in ctx.dilation)
+        if torch.compiler.is_compiling():
+            return *_whole_gradients(grad, values, weights, ctx.side, ctx.dilation), None, None
+        return *_gradients(grad, values, weights, ctx.side, ctx.dilation), None, None
+
+
+def _whole_gradients(grad: Tensor, values: Tensor, weights: Tensor, side: int, dilation: Pair) -> tuple[Tensor, Tensor]:
+    """Gradients of the values and the weights, all heads at once."""
+    padded = _padded(values, side, dilation)
+    to_values = torch.zeros_like(padded, dtype=grad.dtype)
+    to_weights = torch.zeros_like(weights)
+    for tap, rows, columns in _taps(values, side, dilation):
+        to_values[..., rows, columns].addcmul_(grad, weights[:, :, tap, None])
+        to_weights[:, :, tap] = (grad * padded[..., rows, columns]).sum(2)
+    reach_y, reach_x = (side // 2 * d for d in dilation)
+    h, w = values.shape[-2:]
+    to_values = to_values[..., reach_y : reach_y + h, reach_x : reach_x + w]
+    return to_values.to(values.dtype), to_weights
+
+
+def _gradients(grad: Tensor, values: Tensor, weights: Tensor, side: int, dilation: Pair) -> tuple[Tensor, Tensor]:
+    """As `_whole_gradients`, a few heads at a time."""
+    to_values, to_weights = torch.empty_like(values), torch.zeros_like(weights)
+    lines = _Lines.of(values, side, dilation)
+    for part in lines.parts(values):
+        source, by, of = lines.padded(values, part), lines.pixels(weights, part), lines.pixels(grad, part)
+        to_source = torch.zeros_like(source, dtype=grad.dtype)
+        to_by, products = torch.zeros_like(by), torch.empty_like(of)
+        for tap, begin in lines.taps(values):
+            to_source[..., begin : begin + lines.length].addcmul_(of, by[:, tap, None])
+            to_by[:, tap] = torch.mul(of, source[..., begin : begin + lines.length], out=products).sum(1)
+        to_values.flatten(0, 1)[part] = lines.inner(to_source)
+        to_weights.flatten(0, 1)[part] = lines.cut(to_by)
+    return to_values, to_weights
+
+
+LINE_ELEMENTS = 2**17
+"""Elements of the values of heads that are worked on at once."""
+
+
+def line_elements(size: Pair, side: int, heads: int, width: int) -> int:
+    """Elements that the weighted sum of one image holds at once besides arguments and result, at dilation 1."""
+    (h, w), across = size, size[1] + side - 1
+    count = min(heads, max(1, LINE_ELEMENTS // (h * w * width)))
+    return count * ((h + side) * across * width + h * across * (side**2 + width))
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """Maps as one long line each, rows end to end with as many zeros between them as an offset can reach across.
+
+    Attributes:
+        size: (H, W). reach: offsets to either side (vertical, horizontal). width: of a row with its zeros.
+    """
+
+    size: Pair
+    side: int
+    dilation: Pair
+    reach: Pair
+    width: int
+
+    @classmethod
+    def of(cls, values: Tensor, side: int, dilation: Pair) -> _Lines:
         h, w = values.shape[-2:]
-        to_values = to_values[..., reach_y : reach_y + h, reach_x : reach_x + w]
-        return to_values.to(values.dtype), to_weights, None, None
+        reach = side // 2 * dilation[0], side // 2 * dilation[1]
+        return cls((h, w), side, dilation, reach, w + 2 * reach[1])
+
+    @property
+    def length(self) -> int:
+        """Of a line of pixels, which begins at the first one."""
+        return self.size[0] * self.width
+
+    def parts(self, values: Tensor) -> Iterator[slice]:
+        """Heads of images, (B N) in all, a few at a time."""
+        count = values.shape[0] * values.shape[1]
+        step = max(1, LINE_ELEMENTS // max(1, values[0, 0].numel() if count else 1))
+        for begin in range(0, count, step):
+            yield slice(begin, begin + step)
+
+    def padded(self, values: Tensor, part: slice) -> Tensor:
+        """Lines with zeros all around, (heads, d, more than length)."""
+        (down, right), rest = self.reach, 1 if self.reach[1] else 0  # the last offsets reach beyond the last row
+        return F.pad(values.flatten(0, 1)[part], (right, right, down, down + rest)).flatten(-2)
+
+    def pixels(self, x: Tensor, part: slice) -> Tensor:
+        """Lines with zeros after each row, (heads, channels, length)."""
+        return F.pad(x.flatten(0, 1)[part], (0, self.width - self.size[1])).flatten(-2)
+
+    def taps(self, values: Tensor) -> Iterator[tuple[int, int]]:
+        """(tap, where its line begins in a padded one) for every offset that meets the map."""
+        for tap, rows, columns in _taps(values, self.side, self.dilation):
+            yield tap, rows.start * self.width + columns.start
+
+    def cut(self, lines: Tensor) -> Tensor:
+        """The maps of lines of pixels."""
+        return lines.view(*lines.shape[:-1], self.size[0], self.width)[..., : self.size[1]]
+
+    def inner(self, lines: Tensor) -> Tensor:
+        """The maps inside padded lines."""
+        (h, w), (down, right) = self.size, self.reach
+        maps = lines.view(*lines.shape[:-1], lines.shape[-1] // self.width, self.width)
+        return maps[..., down : down + h, right : right + w]
 
 
 def _padded(values: Tensor, side: int, dilation: Pair) -> Tensor:

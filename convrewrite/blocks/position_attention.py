@@ -48,7 +48,7 @@ class PositionAttention(Block):
         B L (2 C (2 r + C) + 2 L (r + C))
 
     Reference:
-        Fu et al. 2019, arXiv 1809.02983, section 3.2, equations 1 and 2: our q, k, v are B, C, D, gamma is alpha.
+        Fu et al. 2019, arXiv 1809.02983: our q, k, v are B, C, D, gamma is alpha.
         Parameter names and shapes are those of the authors' code (junfu1115/DANet, PAM_Module), so its state
         dict loads as it is.
 
@@ -81,7 +81,9 @@ class PositionAttention(Block):
 
     def _attention(self, x: Tensor) -> Tensor:
         tokens = to_tokens(x)
-        q, k, v = (pointwise(conv, tokens) for conv in (self.query_conv, self.key_conv, self.value_conv))
+        q = pointwise(self.query_conv, tokens)  # no loop: torch 2.11 cannot compile a `del` of what one closes over
+        k = pointwise(self.key_conv, tokens)
+        v = pointwise(self.value_conv, tokens)
         del tokens  # the memory is needed elsewhere
         return attend(q, k, v)  # (B, H*W, C)
 

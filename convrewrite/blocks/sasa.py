@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from convrewrite.blocks.base import Block, BlockOptions, register_block
-from convrewrite.blocks.local import Axis, local_attention, tile_counts
+from convrewrite.blocks.local import Axis, local_attention, reads_maps, tile_counts
 from convrewrite.blocks.pooled import PooledGrid, pooled_grid
 from convrewrite.sites import Cost, Place
 
@@ -69,6 +69,8 @@ class SASA(Block):
 
     q . r counts for each of the k^2 offsets, as the equation has it and as the paper's 7.0 GFLOPs for ResNet-50
     need it (6.97 by this formula), although it runs here as rows plus columns, which is 2 k and not 2 k^2.
+
+    The stated activation bytes are those of the backend "aten"; the others hold less.
 
     Reference:
         Ramachandran et al. 2019, arXiv 1906.05909, equations 2 and 3; our o is (a - i, b - j). The text groups the
@@ -140,14 +142,20 @@ class SASA(Block):
             border="zero" if self.options.border == "zero" else "mask",
             rows=rows,
             columns=columns,
+            backend=self.backend,
         )
         y = grid.pool(att.flatten(3).permute(0, 3, 1, 2))  # (B, C, Ho, Wo)
         return y if channels_last else y.contiguous()
 
     def _project(self, x: Tensor) -> Tensor:
-        """x (B, C_in, H, W) -> q, k, v as (B, H, W, 3, N, d)."""
-        tokens = F.linear(x.flatten(2).transpose(1, 2), self.qkv.weight.flatten(1))  # (B, H*W, 3*C)
-        return tokens.view(x.shape[0], x.shape[2], x.shape[3], 3, self.options.heads, self.head_dim)
+        """x (B, C_in, H, W) -> q, k, v as (B, H, W, 3, N, d); in memory a map where the backend reads such."""
+        batch, _, height, width = x.shape
+        weight, heads = self.qkv.weight.flatten(1), self.options.heads
+        if x.is_contiguous() and reads_maps(self.backend, x, self.head_dim):
+            maps = torch.matmul(weight, x.flatten(2))  # (B, 3*C, H*W)
+            return maps.view(batch, 3, heads, self.head_dim, height, width).permute(0, 4, 5, 1, 2, 3)
+        tokens = F.linear(x.flatten(2).transpose(1, 2), weight)  # (B, H*W, 3*C)
+        return tokens.view(batch, height, width, 3, heads, self.head_dim)
 
     def _relative(self) -> tuple[Tensor | None, Tensor | None]:
         """r as the sum of two tables (N or 1, d, k): rows in the first channels of a head, columns in the others."""

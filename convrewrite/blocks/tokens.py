@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +17,13 @@ FLOAT_BYTES = 4
 SMALL = 2
 """Logits are held whole where there are at most this many keys for each channel of the values: no more memory
 than a few of the tensors that came in, and faster than padding narrow keys to the values' width. Measured on CPU."""
+
+TILED = (512, 8, 4)
+"""On CPU, narrow keys go through tiles of whole logits where there are more keys than the first number, at most the
+second for each channel of the values, and keys are at least the third times as narrow: SDPA wants them padded."""
+
+TILE_ELEMENTS = 2**18
+"""Logits of one tile: 1 MiB in float32, about a processor's second-level cache."""
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -39,8 +49,9 @@ def holds_logits(keys: int, value_width: int) -> bool:
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
     """Softmax attention over all keys: y_i = sum_j softmax_j(scale q_i . k_j) v_j.
 
-    Few keys: two matrix products. Many, or half precision (whose logits must not be rounded): SDPA, with the
-    narrower of keys and values padded with zeros, since its memory-saving kernels want equal widths.
+    Few keys: two matrix products. Many and narrow ones on CPU: the same for tiles of queries, whose logits are
+    forgotten and made once more in the backward pass. Else, or half precision (whose logits must not be rounded):
+    SDPA, with the narrower of keys and values padded with zeros, since its memory-saving kernels want equal widths.
 
     Args:
         q: (B, L, d). k: (B, M, d). v: (B, M, dv), dv of any width.
@@ -51,6 +62,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
     width = v.shape[-1]
     if q.dtype in (torch.float32, torch.float64) and holds_logits(k.shape[1], width):
         return torch.bmm(torch.bmm(q * scale if scale != 1 else q, k.transpose(1, 2)).softmax(-1), v)
+    if q.dtype in (torch.float32, torch.float64) and q.device.type == "cpu" and in_tiles(k.shape[1], k.shape[2], width):
+        result: Tensor = _Tiles.apply(q * scale if scale != 1 else q, k, v)
+        return result
     gap = q.shape[-1] - width
     if gap > 0:
         v = F.pad(v, (0, gap))
@@ -60,12 +74,58 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
     return out[:, 0, :, :width]
 
 
+def in_tiles(keys: int, width: int, value_width: int) -> bool:
+    """Whether `attend` works in tiles on CPU, of a float32 or float64 map. A compiler is given the plain form."""
+    least, most, narrow = TILED
+    if torch.compiler.is_compiling():
+        return False
+    return least < keys <= most * value_width and narrow * width <= value_width
+
+
+class _Tiles(torch.autograd.Function):
+    """softmax(q k^T) v a few queries at a time, keeping nothing but its arguments."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        y = q.new_empty(*q.shape[:2], v.shape[2])
+        for image, queries in _tiles(q, k):
+            y[image, queries] = torch.mm(torch.mm(q[image, queries], k[image].T).softmax(1), v[image])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = ctx.saved_tensors
+        to_q, to_k, to_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for image, queries in _tiles(q, k):
+            weights = torch.mm(q[image, queries], k[image].T).softmax(1)
+            part = grad[image, queries]
+            to_v[image].addmm_(weights.T, part)
+            to_weights = torch.mm(part, v[image].T)
+            weighted = to_weights.mul_(weights)
+            to_logits = weighted.addcmul_(weights, weighted.sum(1, keepdim=True), value=-1)
+            torch.mm(to_logits, k[image], out=to_q[image, queries])
+            to_k[image].addmm_(to_logits.T, q[image, queries])
+        return to_q, to_k, to_v
+
+
+def _tiles(q: Tensor, k: Tensor) -> Iterator[tuple[int, slice]]:
+    """(image, queries) of each tile."""
+    step = max(1, TILE_ELEMENTS // k.shape[1])
+    for image in range(q.shape[0]):
+        for begin in range(0, q.shape[1], step):
+            yield image, slice(begin, begin + step)
+
+
 def attend_elements(queries: int, keys: int, width: int, value_width: int) -> tuple[int, int]:
     """What `attend` costs one image in float32: (elements alive besides q, k, v; elements kept, with them and y)."""
     if holds_logits(keys, value_width):
         logits = queries * keys
         alive = logits + max(logits, queries * value_width)
         return alive, (queries + keys) * width + keys * value_width + logits + queries * value_width
+    if in_tiles(keys, width, value_width):
+        tile = 2 * min(queries * keys, TILE_ELEMENTS)  # of one image at a time: less than this for more than one
+        return tile + queries * value_width, (queries + keys) * (width + value_width)
     wide = max(width, value_width)
     padded = (queries + keys) * wide if width < value_width else keys * wide if width > value_width else 0
     return padded + queries * (wide + 1), 2 * (queries + keys) * wide + queries

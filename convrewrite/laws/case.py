@@ -21,6 +21,10 @@ from convrewrite.sites import Site
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Largest relative drift that rounding explains, by dtype."""
 
+OTHER_SUMS = 10
+"""Times that, where blocks hold convolutions: they sum in another order, and layers behind make rounding larger. A
+ResNet-50 itself drifts by 2e-5 to 7e-5 in float32 from channels first to channels last, or to float64."""
+
 
 @dataclass
 class Case:
@@ -48,7 +52,8 @@ class Case:
 
     @property
     def tolerance(self) -> float:
-        return TOLERANCE.get(self.dtype, 1e-5)
+        holding = any(e.how == "holds the conv" for e in self.plan.edits)
+        return TOLERANCE.get(self.dtype, 1e-5) * (OTHER_SUMS if holding else 1)
 
     @property
     def exact(self) -> bool:

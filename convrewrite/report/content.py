@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from convrewrite.plans import Edit
 from convrewrite.report import figures
 from convrewrite.report import plancontent as plans
+from convrewrite.report.calibrationcontent import calibration_line, calibration_section
 from convrewrite.report.document import Document, Section, Table, table
 from convrewrite.report.sitetable import site_table, totals_line
 from convrewrite.reports import Report
 
-FATES = ("carried", "absorbed", "new", "dropped")
+FATES = ("carried", "re-estimated", "absorbed", "new", "dropped")
 _FATE_NOTES = {
     "carried": "same values, same or new key",
+    "re-estimated": "batch-norm statistics, measured again on images",
     "absorbed": "its values live on inside other tensors",
     "new": "initialised by a block",
     "dropped": "not in the rewritten model",
@@ -67,7 +69,8 @@ def conclusion(report: Report) -> str:
     flops = figures.percent(plan.totals.flops_before, plan.totals.flops_after)
     forced = "FORCED, " if report.forced and not report.ok else ""
     edits = f"{replaced} replaced, {inserted} inserted"
-    return f"Result: {forced}{edits}, params {params}, FLOPs {flops}, {laws_line(report)}{drift}."
+    fits = f", {calibration_line(report.calibration)}" if report.calibration is not None else ""
+    return f"Result: {forced}{edits}, params {params}, FLOPs {flops}, {laws_line(report)}{drift}{fits}."
 
 
 def report_document(report: Report, *, verbose: bool) -> Document:
@@ -91,6 +94,8 @@ def report_document(report: Report, *, verbose: bool) -> Document:
         Section("Laws", () if report.laws else ("not checked",), laws_table(report) if report.laws else None),
         Section("Output drift at start", *_drift(report)),
     ]
+    if report.calibration is not None:
+        sections.append(calibration_section(report.calibration))
     if verbose:
         sections.append(
             Section("All convolutions", (totals_line(report.sites),), site_table(report.sites), folded=True)
@@ -152,9 +157,11 @@ def _edit_tones(edits: Sequence[Edit]) -> list[str]:
 def fates_table(report: Report) -> Table:
     """What became of the tensors, by fate; the share is of all elements before (new: after) the rewrite."""
     sums = report.carried()
-    before = sum(sums[fate]["elements"] for fate in ("carried", "absorbed", "dropped") if fate in sums)
+    before = sum(sums[fate]["elements"] for fate in ("carried", "re-estimated", "absorbed", "dropped") if fate in sums)
     rows = []
     for fate in FATES:
+        if fate == "re-estimated" and fate not in sums:
+            continue
         entry = sums.get(fate, {"tensors": 0, "elements": 0, "norm": 0.0})
         elements = int(entry["elements"])
         of = "-" if fate == "new" else figures.share(elements, before)

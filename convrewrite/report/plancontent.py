@@ -37,6 +37,9 @@ def funnel(steps: Funnel) -> str:
 
 def old(edit: Edit) -> str:
     """What stands at the place now: the convolution and what goes with it; for an insertion the tensor there."""
+    if edit.whole_block:
+        convs = figures.plural(len(edit.calls), "convolution")
+        return f"block of {convs} {edit.in_shape[1]}>{edit.out_shape[1]} {figures.shape(edit.in_shape[2:])}"
     if edit.action == "replace":
         absorbed = f" and {', '.join(map(figures.plain, edit.absorbs))}" if edit.absorbs else ""
         return figures.conv(edit.site) + absorbed
@@ -55,7 +58,8 @@ def start(edit: Edit) -> str:
 
 def name(edit: Edit) -> str:
     """The edit's id; with the number of calls where one module is called at several sites."""
-    return figures.plain(edit.id) + (f" ({len(edit.calls)} calls)" if len(edit.calls) > 1 else "")
+    several = len(edit.calls) > 1 and not edit.whole_block
+    return figures.plain(edit.id) + (f" ({len(edit.calls)} calls)" if several else "")
 
 
 def refused_by(plan: Plan, rule: str) -> list[Refusal]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from convrewrite.plans import FORMAT
 from convrewrite.reports import SCHEMA
-from convrewrite.sites import ROLES
+from convrewrite.sites import PARTS, ROLES
 
 Schema = dict[str, Any]
 
@@ -39,6 +39,7 @@ def report_schema() -> Schema:
                 "drift": _list(_ref("drift")),
                 "timings": _map(_NUMBER),
                 "notes": _list(_TEXT),
+                "calibration": {"anyOf": [_ref("calibration"), {"type": "null"}]},
             }
         ),
         "$defs": _definitions(),
@@ -61,7 +62,7 @@ def _definitions() -> Schema:
             {
                 "name": _TEXT,
                 "source": _TEXT,
-                "fate": {"enum": ["carried", "absorbed", "new", "dropped"]},
+                "fate": {"enum": ["carried", "re-estimated", "absorbed", "new", "dropped"]},
                 "numel": _COUNT,
                 "norm": _NUMBER,
                 "parameter": _FLAG,
@@ -71,8 +72,33 @@ def _definitions() -> Schema:
         "law": _object(
             {"law": _TEXT, "status": {"enum": ["held", "broken", "skipped"]}, "detail": _TEXT, "value": _NUMBER_OR_NULL}
         ),
+        "calibration": _calibration(),
+        "fit": _fit(),
         "drift": _object({"mode": _TEXT, "max_relative": _NUMBER, "cosine": _NUMBER, "agreement": _NUMBER_OR_NULL}),
     }
+
+
+def _calibration() -> Schema:
+    return _object(
+        {
+            **dict.fromkeys(("images", "held_out"), _COUNT),
+            "seed": _INT,
+            "sites": _list(_ref("fit")),
+            "norms": {"enum": ["re-estimated", "kept", "none"]},
+            **dict.fromkeys(("divergence", "agreement", "norms_before", "norms_after"), _NUMBER_OR_NULL),
+        }
+    )
+
+
+def _fit() -> Schema:
+    return _object(
+        {
+            **dict.fromkeys(("edit", "block"), _TEXT),
+            **dict.fromkeys(("nmse_free", "nmse_fit", "nmse", "divergence", "agreement"), _NUMBER_OR_NULL),
+            "covariance": {"enum": ["full", "marginals", "prior"]},
+            "seconds": _NUMBER,
+        }
+    )
 
 
 def _plan() -> Schema:
@@ -133,6 +159,7 @@ def _site() -> Schema:
             **dict.fromkeys(("follows", "precedes", "pool_tail"), _list(_TEXT)),
             "kind": {"enum": ["module", "functional"]},
             "role": {"enum": list(ROLES)},
+            "part": {"enum": [*PARTS, None]},
             "inside": _list(_pair_of(_TEXT, _TEXT)),
             "conv": _ref("conv"),
             "cost": _ref("cost"),

@@ -13,6 +13,7 @@ from convrewrite.sites import ROLES, Site
 _HEADERS = (
     "site",
     "role",
+    "part",
     "stage.block",
     "kernel",
     "stride",
@@ -31,15 +32,16 @@ def site_table(sites: Sequence[Site]) -> Table:
     headers = (*_HEADERS, "rewritten by") if rewritten else _HEADERS
     rows = [_row(s) + ((figures.plain(s.rewritten),) if rewritten else ()) for s in sites]
     tones = ["replaced" if s.rewritten else "" for s in sites]
-    return table(headers, rows, "lll" + "r" * 4 + "ll" + "rr" + ("l" if rewritten else ""), tones)
+    return table(headers, rows, "llll" + "r" * 4 + "ll" + "rr" + ("l" if rewritten else ""), tones)
 
 
 def _row(site: Site) -> tuple[str, ...]:
     return (
         figures.plain(site.id),
         site.role,
+        site.part or "",
         figures.place(site),
-        figures.shape(site.kernel),
+        figures.shape(site.kernel) if site.op == "conv2d" else site.op,
         figures.pair(site.stride),
         str(site.groups),
         figures.pair(site.dilation),
@@ -69,7 +71,15 @@ def totals_line(sites: Sequence[Site]) -> str:
     return (
         f"{figures.plural(len(sites), 'convolution')}{f' ({roles})' if roles else ''}, "
         f"params {figures.total(sums['params'])}, FLOPs {figures.total(sums['flops'])} (2 per multiply-add)"
+        f"{_out_of_scope(sites)}"
     )
+
+
+def _out_of_scope(sites: Sequence[Site]) -> str:
+    """ "; out of scope: 20 conv3d, for only conv2d is rewritten", or nothing."""
+    others = Counter(s.op for s in sites if s.op != "conv2d")
+    counted = ", ".join(f"{number} {op}" for op, number in sorted(others.items()))
+    return f"; out of scope: {counted}, for only conv2d is rewritten" if counted else ""
 
 
 def sites_document(sites: Sequence[Site]) -> Document:

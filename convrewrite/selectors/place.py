@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from convrewrite.selectors.base import Context, Wanted, differs, selector
 from convrewrite.selectors.wanted import Names, Numbers, OneOf
-from convrewrite.sites import ROLES, Site
+from convrewrite.sites import PARTS, ROLES, Site
 
 
 @selector("role", OneOf(ROLES, "role"))
 def role(site: Site, wanted: Wanted, context: Context) -> str | None:
     """Role in the network: bottleneck_spatial, [stem, head], ..."""
     return differs("role", site.role, wanted)
+
+
+@selector("part", OneOf(PARTS, "part"))
+def part(site: Site, wanted: Wanted, context: Context) -> str | None:
+    """Part of the network: backbone, neck (FPN, decoder) or head; a list means any of them."""
+    return differs("part", site.part, wanted)
 
 
 @selector("stage", Numbers(minimum=0, from_end=True))

@@ -16,7 +16,17 @@ from convrewrite import provenance
 from convrewrite.errors import ConvrewriteError, SourceError, closest
 from convrewrite.identity import identity
 from convrewrite.sites import Shape
-from convrewrite.sources.base import SOURCES, Recipe, Request, SourceKind, build, default_example, one_line
+from convrewrite.sources.base import (
+    SOURCES,
+    OwnWeights,
+    Recipe,
+    Request,
+    SourceKind,
+    build,
+    default_example,
+    one_line,
+    split_options,
+)
 from convrewrite.weights import is_file, load_weights
 
 __all__ = ["SOURCES", "Source", "SourceKind", "parse_input", "rebuild", "recognise", "resolve"]
@@ -53,9 +63,10 @@ def resolve(
     """Get a model by what a user calls it.
 
     Args:
-        spec: ``resnet50`` (torchvision's, else timm's), ``torchvision:NAME``, ``timm:NAME``,
-            ``package.module:factory``, ``path/file.py:factory``, a saved folder, or a module, which is
-            used as it is (with `weights`, a copy of it).
+        spec: ``resnet50`` (torchvision's, else timm's), ``torchvision:NAME``, ``timm:NAME``, ``hf:NAME``,
+            ``smp:NAME``, ``ultralytics:NAME``, ``hub:REPOSITORY:ENTRY``, ``package.module:factory``,
+            ``path/file.py:factory``, a saved folder, or a module, which is used as it is (with `weights`, a
+            copy of it). ``NAME?key=value&key=value`` passes options to the builder.
         weights: ``DEFAULT`` or the name of weights of the zoo (downloaded), or a local ``.pth``, ``.pt``
             or ``.safetensors`` file.
         num_classes: passed to the model's builder.
@@ -70,9 +81,14 @@ def resolve(
     shape = None if input is None else parse_input(input)
     if isinstance(spec, nn.Module):
         return _from_module(spec, weights, num_classes, shape)
-    kind_name, kind, name = _find(spec)
+    plain, options = split_options(spec)
+    kind_name, kind, name = _find(plain)
+    if num_classes is not None and "num_classes" in options:
+        raise SourceError("the number of classes is given twice", where=spec, fix="drop --num-classes")
+    if weights is None and not meta and isinstance(kind, OwnWeights):
+        weights = kind.own_weights(name)
     of_zoo = weights if weights is not None and not is_file(weights) else None
-    recipe = {"kind": kind_name, **kind.recipe(name, Request(num_classes, of_zoo))}
+    recipe = {"kind": kind_name, **kind.recipe(name, Request(num_classes, of_zoo, options))}
     if kind_name == "rewritten":
         from convrewrite.store import load
 
@@ -80,7 +96,7 @@ def resolve(
         canonical = spec
     else:
         model = rebuild(recipe, seed=seed, meta=meta)
-        canonical = f"{kind_name}:{recipe['name']}" if kind_name != "factory" else spec
+        canonical = spec if kind_name == "factory" else f"{kind_name}:{recipe['name']}{spec[len(plain) :]}"
     source = Source(canonical, model, shape or kind.example(recipe, model, of_zoo), recipe, weights)
     if weights is not None and not (meta and of_zoo):
         load_weights(model, weights, source)
@@ -172,6 +188,12 @@ def _unknown(spec: str, known: list[str]) -> SourceError:
     path = Path(spec)
     if spec and path.is_dir():
         return SourceError("this folder holds no saved model (no recipe.json)", where=spec)
+    if path.suffix == ".pt2":
+        fix = "name the model that it was exported from, rewrite that, and export the result (--emit exported)"
+        return SourceError("reading an exported program can run code from the file", where=spec, fix=fix)
+    if path.suffix == ".onnx":
+        fix = "name the model that it was exported from"
+        return SourceError("ONNX files are not read: no converter knows what torch exports today", where=spec, fix=fix)
     if path.suffix == ".py":
         return SourceError("a file needs the name of a factory", where=spec, fix=f"write '{spec}:function'")
     if is_file(spec):

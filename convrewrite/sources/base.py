@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +24,21 @@ Recipe = dict[str, Any]
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks for beside the model's name. `weights` names weights of a zoo, never a file."""
+    """What a user asks for beside the model's name.
+
+    Attributes:
+        weights: names weights of a zoo, never a file.
+        options: for the model's builder, from ``NAME?key=value&key=value``.
+    """
 
     num_classes: int | None = None
     weights: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def arguments(self) -> dict[str, Any]:
+        """The options, with the number of classes among them if one was asked for."""
+        head = {} if self.num_classes is None else {"num_classes": self.num_classes}
+        return {**self.options, **head}
 
 
 class SourceKind(Protocol):
@@ -53,6 +66,14 @@ class SourceKind(Protocol):
 
     def recognise(self, model: nn.Module) -> Iterator[Recipe]:
         """Recipes that may build what `model` was before it was rewritten, likeliest first."""
+
+
+@runtime_checkable
+class OwnWeights(Protocol):
+    """A kind whose models may lie beside their weights, which are then loaded unless others are asked for."""
+
+    def own_weights(self, name: str) -> str | None:
+        """The weights to load when none are named, or None for random ones."""
 
 
 SOURCES: Registry[SourceKind] = Registry("source", package="convrewrite.sources")
@@ -102,6 +123,39 @@ def _seeded(seed: int) -> Iterator[None]:
         if cuda:
             torch.cuda.manual_seed_all(seed)
         yield
+
+
+def split_options(spec: str) -> tuple[str, dict[str, Any]]:
+    """``NAME?key=value&key=value`` as the name and the options; values are JSON where they can be, else text.
+
+    Raises:
+        SourceError: what follows the question mark is no list of options.
+    """
+    name, mark, tail = spec.partition("?")
+    options: dict[str, Any] = {}
+    for part in tail.split("&") if mark else ():
+        key, equals, value = part.partition("=")
+        if not (equals and key.isidentifier() and value) or key in options:
+            fix = "write 'name?key=value&key=value', each key once"
+            raise SourceError(f"'{part}' is no option of a model", where=spec, fix=fix)
+        options[key] = _value(value)
+    return name, options
+
+
+def _value(text: str) -> Any:
+    words = {"True": True, "False": False, "None": None}  # as they are spelt in Python
+    if text in words:
+        return words[text]
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def require(package: str, extra: str, *, title: str | None = None) -> None:
+    """Say which extra of ours brings a package that is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise SourceError(f"{title or package} is not installed", fix=f"pip install 'convrewrite[{extra}]'")
 
 
 def default_example(model: nn.Module) -> Shape:

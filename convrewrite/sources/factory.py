@@ -42,8 +42,7 @@ class Factory:
         home, _, attribute = name.rpartition(":")
         if home.endswith(".py"):
             name = f"{Path(home).resolve()}:{attribute}"  # the folder may be loaded from elsewhere
-        options = {} if request.num_classes is None else {"num_classes": request.num_classes}
-        return {"name": name, "options": options}
+        return {"name": name, "options": request.arguments()}
 
     def build(self, recipe: Recipe) -> nn.Module:
         spec, options = recipe["name"], dict(recipe.get("options") or {})
@@ -53,8 +52,8 @@ class Factory:
             return copy.deepcopy(made)
         if not callable(made):
             raise SourceError(f"'{attribute}' is a {type(made).__name__}, not a function", where=spec)
-        _check_options(made, options, spec)
-        with _one_line_errors(spec, "the factory failed"):
+        check_options(made, options, spec)
+        with one_line_errors(spec, "the factory failed"):
             made = made(**options)
         if not isinstance(made, nn.Module):
             raise SourceError(f"the factory returned a {type(made).__name__}, not an nn.Module", where=spec)
@@ -78,12 +77,12 @@ class Factory:
 
 def _import(home: str, spec: str) -> ModuleType:
     if home.endswith(".py"):
-        return _import_file(Path(home), spec)
-    with _one_line_errors(spec, "the module cannot be imported"), _importable_from(os.getcwd()):
+        return import_file(Path(home), spec)
+    with one_line_errors(spec, "the module cannot be imported"), importable_from(os.getcwd()):
         return importlib.import_module(home)
 
 
-def _import_file(path: Path, spec: str) -> ModuleType:
+def import_file(path: Path, spec: str) -> ModuleType:
     if not path.is_absolute():  # `recipe` made it so: this one came from a saved folder, and was edited
         raise SourceError("a recipe names its file by the whole path", where=spec)
     if not path.is_file():
@@ -94,7 +93,7 @@ def _import_file(path: Path, spec: str) -> ModuleType:
         raise SourceError(f"'{path}' is not a Python file", where=spec)
     module = importlib.util.module_from_spec(location)
     sys.modules[name] = module  # dataclasses and copying look classes up by their module
-    with _one_line_errors(spec, "the file cannot be run"), _importable_from(str(path.resolve().parent)):
+    with one_line_errors(spec, "the file cannot be run"), importable_from(str(path.resolve().parent)):
         location.loader.exec_module(module)
     return module
 
@@ -108,7 +107,7 @@ def _attribute(module: ModuleType, attribute: str, spec: str) -> Any:
     return value
 
 
-def _check_options(factory: Any, options: Mapping[str, Any], spec: str) -> None:
+def check_options(factory: Any, options: Mapping[str, Any], spec: str) -> None:
     """Say before the call what it asks for or cannot take; a factory without a signature is just called."""
     try:
         parameters = inspect.signature(factory).parameters
@@ -117,7 +116,8 @@ def _check_options(factory: Any, options: Mapping[str, Any], spec: str) -> None:
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for option in options:
         if option not in parameters and not takes_any:
-            raise SourceError(f"the factory takes no '{option}'", where=spec, fix="drop --num-classes")
+            fix = "drop --num-classes" if option == "num_classes" else closest(option, parameters) or "drop it"
+            raise SourceError(f"the factory takes no '{option}'", where=spec, fix=fix)
     missing = [name for name in _required(factory) if name not in options]
     if missing:
         raise SourceError(
@@ -132,7 +132,7 @@ def _required(factory: Any) -> list[str]:
 
 
 @contextmanager
-def _one_line_errors(spec: str, what: str) -> Iterator[None]:
+def one_line_errors(spec: str, what: str) -> Iterator[None]:
     try:
         yield
     except ConvrewriteError:
@@ -142,7 +142,7 @@ def _one_line_errors(spec: str, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _importable_from(folder: str) -> Iterator[None]:
+def importable_from(folder: str) -> Iterator[None]:
     """The console script, unlike ``python -m``, does not look for modules in the working directory."""
     sys.path.insert(0, folder)
     try:

@@ -26,6 +26,9 @@ class Folder:
     def recipe(self, name: str, request: Request) -> Recipe:
         from convrewrite.store import rewritten_recipe
 
+        if request.options:
+            fix = f"drop '?{next(iter(request.options))}=...'"
+            raise SourceError("a saved model takes no options", where=name, fix=fix)
         if request.num_classes is not None:
             raise SourceError("a saved model has its number of classes", where=name, fix="drop --num-classes")
         if request.weights is not None:

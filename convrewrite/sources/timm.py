@@ -1,4 +1,4 @@
-"""timm's models by name, with or without a tag: ``timm:resnet50``, ``timm:resnet50.a1_in1k``."""
+"""timm's models by name, with or without a tag: ``timm:resnet50.a1_in1k``, ``timm:resnet50?features_only=1``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from convrewrite.errors import SourceError, closest
 from convrewrite.sites import Shape
-from convrewrite.sources.base import SOURCES, Recipe, Request, default_example, head_mismatch
+from convrewrite.sources.base import SOURCES, Recipe, Request, default_example, head_mismatch, require
 from convrewrite.weights import is_file
 
 _PREFIX = "timm:"
@@ -42,7 +42,7 @@ class Timm:
         return _names() if importlib.util.find_spec("timm") else ()
 
     def recipe(self, name: str, request: Request) -> Recipe:
-        options: dict[str, Any] = {} if request.num_classes is None else {"num_classes": request.num_classes}
+        options = request.arguments()
         if request.weights is not None:
             name = _with_tag(name, request.weights)
             classes = _config(name).num_classes
@@ -81,8 +81,7 @@ class Timm:
 
 
 def _require() -> None:
-    if importlib.util.find_spec("timm") is None:
-        raise SourceError("timm is not installed", fix="pip install 'convrewrite[timm]'")
+    require("timm", "timm")
 
 
 @cache

@@ -34,7 +34,7 @@ class Torchvision:
         return _names()
 
     def recipe(self, name: str, request: Request) -> Recipe:
-        options: dict[str, Any] = {} if request.num_classes is None else {"num_classes": request.num_classes}
+        options = request.arguments()
         if request.weights is not None:
             weights = _weights(name, request.weights)
             classes = len(weights.meta.get("categories") or ()) or None

@@ -16,7 +16,7 @@ from convrewrite.blocks.base import BLOCKS, Block
 from convrewrite.sites import ConvSpec, Place
 
 SIZES = [(1, 1), (1, 4), (3, 1), (2, 2), (4, 3), (5, 5)]
-NAMES = ["position_attention", "channel_attention", "criss_cross", "non_local"]
+NAMES = ["position_attention", "channel_attention", "dual_attention", "criss_cross", "non_local"]
 Built = TypeVar("Built", bound=Block)
 
 
@@ -61,12 +61,12 @@ def gradients_match(block: Block, x: Tensor) -> bool:
     return bool(torch.autograd.gradcheck(run, (x.requires_grad_(), *parameters)))
 
 
-def peer(path: str) -> ModuleType:
+def peer(path: str, *, name: str = "") -> ModuleType:
     """A module of the authors from a checkout under $CONVREWRITE_PEERS; skips where there is none."""
     root = os.environ.get("CONVREWRITE_PEERS")
     if not root:
         pytest.skip("CONVREWRITE_PEERS is not set")
-    spec = importlib.util.spec_from_file_location("peer_" + Path(path).stem, Path(root) / path)
+    spec = importlib.util.spec_from_file_location(name or "peer_" + Path(path).stem, Path(root) / path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -42,12 +42,12 @@ def gather_softmax(state: State, x: Tensor, reached: dict[Position, list[Positio
 
 
 def loop_position_attention(state: State, x: Tensor) -> Tensor:
-    """Fu et al. 2019, equations 1 and 2."""
+    """Fu et al. 2019: every position from all."""
     return gather_softmax(state, x, {here: positions(x) for here in positions(x)})
 
 
 def loop_criss_cross(state: State, x: Tensor, recurrence: int = 1) -> Tensor:
-    """Huang et al. 2019, equations 1 and 2: the set of positions in a row or column holds the position itself once."""
+    """Huang et al. 2019: the set of positions in a row or column holds the position itself once."""
     cross = {(i, j): [(y, z) for y, z in positions(x) if y == i or z == j] for i, j in positions(x)}
     for _ in range(recurrence):
         x = gather_softmax(state, x, cross)
@@ -55,7 +55,7 @@ def loop_criss_cross(state: State, x: Tensor, recurrence: int = 1) -> Tensor:
 
 
 def loop_channel_attention(state: State, x: Tensor) -> Tensor:
-    """Fu et al. 2019, equations 3 and 4, with the authors' code's energies: the largest minus each."""
+    """Fu et al. 2019, with the authors' code's energies: the largest minus each."""
     out = x.clone()
     for b, c in product(range(x.shape[0]), range(x.shape[1])):
         energies = [(x[b, c] * other).sum() for other in x[b]]
@@ -110,3 +110,30 @@ def gathered(
         weight = state["concat_project.0.weight"].flatten()
         dots = [(weight * torch.cat([query, key])).sum().clamp(min=0) for key in keys]
     return torch.stack([dot * value for dot, value in zip(dots, values, strict=True)]).sum(0) / len(keys)
+
+
+def loop_convolution(state: State, name: str, x: Tensor) -> Tensor:
+    """A 3 x 3 convolution with zero padding, batch norm by running statistics (eps 1e-5), and ReLU, by pixels."""
+    weight, height, width = state[f"{name}.0.weight"], x.shape[2], x.shape[3]
+    out = x.new_zeros(x.shape[0], weight.shape[0], height, width)
+    for (i, j), (a, b) in product(positions(x), product((-1, 0, 1), repeat=2)):
+        if 0 <= i + a < height and 0 <= j + b < width:
+            out[:, :, i, j] += (weight[None, :, :, a + 1, b + 1] * x[:, None, :, i + a, j + b]).sum(2)
+    shift, scale = state[f"{name}.1.bias"], state[f"{name}.1.weight"]
+    mean, var = state[f"{name}.1.running_mean"], state[f"{name}.1.running_var"]
+    normed = (out - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
+    return (normed * scale[:, None, None] + shift[:, None, None]).clamp(min=0)
+
+
+def loop_dual_attention(state: State, x: Tensor) -> Tensor:
+    """Fu et al. 2019: both attentions side by side, summed; with a 1 x 1 after the sum, or alone."""
+    sa, sc = ({k[3:]: v for k, v in state.items() if k.startswith(part)} for part in ("sa.", "sc."))
+    if "conv8.weight" not in state:
+        return loop_position_attention(sa, x) + loop_channel_attention(sc, x) - x
+    both = loop_convolution(state, "conv51", loop_position_attention(sa, loop_convolution(state, "conv5a", x)))
+    both = both + loop_convolution(state, "conv52", loop_channel_attention(sc, loop_convolution(state, "conv5c", x)))
+    out = x.clone()
+    for i, j in positions(x):
+        for b in range(x.shape[0]):
+            out[b, :, i, j] += project(state, "conv8", both[b, :, i, j])
+    return out

@@ -208,7 +208,8 @@ def test_flops_are_torch_s_count_of_the_docstring_s_products(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", COSTED)
-def test_activation_bytes_are_those_measured(name: str) -> None:
+def test_activation_bytes_are_those_measured_of_the_aten_form(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONVREWRITE_BACKEND", "aten")
     where, options = COSTED[name], ACmixOptions()
     block, x = ACmix(where, options), torch.randn(where.in_shape)
     cost = ACmix.cost(where, options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -91,6 +92,25 @@ def awake(block: Block) -> Block:
     return block
 
 
+UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+"""By how much of a number rounding it may change it."""
+
+
+def rounding_error(block: Block, x: Tensor, got: Tensor, want: Tensor, dtype: torch.dtype) -> float:
+    """Largest difference, as a multiple of what rounding explains.
+
+    Input, weights, hidden maps and output are each rounded once, at most by half a unit of what a block computes; a
+    softmax of large logits makes more of the input's rounding, so that is measured: by the block itself, in float32, on
+    the rounded input. A block that adds to x is judged by what it adds, which x would hide.
+    """
+    base = x if type(block).exact else torch.zeros(())
+    scale = (want - base).abs().max()
+    rounded = x.to(dtype).float()
+    inherent = (block(rounded) - want - (rounded - x if type(block).exact else 0)).abs().max()
+    limit = 2.5 * (UNIT[dtype] * scale + inherent)
+    return float(((got.float() - want).abs().max() / limit).detach())
+
+
 TAKEN = places()
 everywhere = pytest.mark.parametrize(("name", "where"), TAKEN, ids=[f"{b}-{w}" for b, w in TAKEN])
 USUAL = [(block, next(where for b, where in TAKEN if b == block)) for block, _ in shipped()]
@@ -132,6 +152,18 @@ def test_costs_the_parameters_it_has(name: str, where: str) -> None:
 
 
 @everywhere
+def test_costs_grow_with_the_batch_and_parameters_do_not(name: str, where: str) -> None:
+    at, cls = build(name, where)[1], BLOCKS.get(name)
+    one, three = (
+        cls.cost(Place((n, *at.in_shape[1:]), (n, *at.out_shape[1:]), at.conv), cls.Options()) for n in (1, 3)
+    )
+    assert three.params == one.params
+    assert one.flops < three.flops <= 3 * one.flops  # some work is done once for all images
+    assert three.act_infer >= one.act_infer
+    assert three.act_train > one.act_train
+
+
+@everywhere
 def test_takes_other_sizes_than_the_planned(name: str, where: str) -> None:
     block, at = build(name, where)
     action, conv_name = where.split(" ", 1)
@@ -152,7 +184,7 @@ def test_images_of_a_batch_do_not_see_each_other(name: str, where: str) -> None:
 
 
 @everywhere
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_keeps_the_dtype(name: str, where: str, dtype: torch.dtype) -> None:
     block, at = build(name, where)
     y = block.to(dtype)(torch.randn(at.in_shape, dtype=dtype))
@@ -187,14 +219,27 @@ def test_a_state_dict_and_a_deep_copy_carry_everything(name: str, where: str) ->
 
 
 @everywhere
-def test_autocast_is_finite_and_close(name: str, where: str) -> None:
+@pytest.mark.parametrize("dtype", UNIT)
+def test_autocast_is_close_on_the_scale_of_what_the_block_adds(name: str, where: str, dtype: torch.dtype) -> None:
     block, at = build(name, where)
     x = torch.randn(at.in_shape)
-    want = awake(block)(x)
-    with torch.autocast("cpu", torch.bfloat16):
+    awake(block)
+    want = block(x)
+    with torch.autocast("cpu", dtype):
         got = block(x)
     assert got.isfinite().all()
-    torch.testing.assert_close(got.float(), want, **TOLERANCE[torch.bfloat16])
+    assert rounding_error(block, x, got, want, dtype) <= 1
+
+
+def test_an_error_of_a_tenth_is_no_rounding() -> None:
+    for name, where in USUAL:
+        block, at = build(name, where)
+        x = torch.randn(at.in_shape)
+        want = awake(block)(x)
+        base = x if type(block).exact else torch.zeros(())
+        for dtype in UNIT:
+            wrong = base + (want - base) * 1.1
+            assert rounding_error(block, x, wrong, want, dtype) > 1, name
 
 
 @once
@@ -218,6 +263,48 @@ def test_an_exact_block_starts_as_the_bitwise_identity(dtype: torch.dtype) -> No
             x = torch.randn(at.in_shape, dtype=dtype)
             assert torch.equal(block.to(dtype)(x), x), f"{name}-{where}"
             assert torch.equal(block.train()(x), x), f"{name}-{where}"
+
+
+def variants() -> list[tuple[str, str, dict[str, Any]]]:
+    """(block, place, option): every other value of options that have few (yes or no, one of several words)."""
+    found = []
+    for name, where in USUAL:
+        cls = BLOCKS.get(name)
+        at = place(where.split(" ", 1)[1], where.split(" ", 1)[0], cls.span)
+        for key, field in cls.Options.model_fields.items():
+            values = (True, False) if field.annotation is bool else get_args(field.annotation)
+            for value in values:
+                other = isinstance(value, (bool, str)) and value != field.default
+                if other and cls.refuse(at, cls.Options(**{key: value})) is None:
+                    found.append((name, where, {key: value}))
+    return found
+
+
+VARIED = variants()
+
+
+@pytest.mark.parametrize(("name", "where", "option"), VARIED, ids=[f"{b}-{o}" for b, _, o in VARIED])
+def test_the_contract_holds_for_every_word_of_an_option(name: str, where: str, option: dict[str, Any]) -> None:
+    at, cls = build(name, where)[1], BLOCKS.get(name)
+    options = cls.Options(**option)
+    torch.manual_seed(0)
+    block = awake(cls(at, options).eval())
+    x = torch.randn(at.in_shape)
+    want = block(x)
+    assert tuple(want.shape) == at.out_shape
+    cost = cls.cost(at, options)
+    assert cost.params == sum(p.numel() for p in block.parameters())
+    assert min(cost.flops, cost.act_infer, cost.act_train) > 0
+    assert torch.equal(copy.deepcopy(block)(x), want)
+    fresh = cls(at, options).eval()
+    fresh.load_state_dict(block.state_dict())
+    assert torch.equal(fresh(x), want)
+    torch.testing.assert_close(torch.cat([block(image[None]) for image in x]), want, **TOLERANCE[x.dtype])
+    torch.testing.assert_close(block(x.to(memory_format=torch.channels_last)), want, **TOLERANCE[x.dtype])
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), want, **TOLERANCE[x.dtype])
+    if cls.exact and where.startswith("insert "):
+        assert torch.equal(cls(at, options)(x), x)
 
 
 @once

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from convrewrite.blocks.base import BLOCKS
-from convrewrite.blocks.tokens import attend, holds_logits
+from convrewrite.blocks.tokens import attend, holds_logits, in_tiles
 from convrewrite.sites import ConvSpec, Place
 from tests.blocks import TOLERANCE
 from tests.blocks.dense_places import NAMES, awake, inserted, instead_of, refusal, sample
@@ -130,6 +130,29 @@ def test_attend_is_the_softmax_sum(keys: int, width: int, values: int) -> None:
     weight = (0.3 * torch.einsum("bld,bmd->blm", q, k)).exp()
     want = torch.einsum("blm,bmc->blc", weight / weight.sum(2, keepdim=True), v)
     torch.testing.assert_close(attend(q, k, v, 0.3), want, **TOLERANCE[q.dtype])
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_attend_in_tiles_is_the_softmax_sum_and_so_are_its_gradients(scale: float) -> None:
+    """600 narrow keys, some tiles of queries and a shorter last one."""
+    torch.manual_seed(0)
+    shapes = ((700, 8), (600, 8), (600, 128))
+    leaves = [torch.randn(2, *shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert in_tiles(600, 8, 128)
+    weight = (scale * torch.einsum("bld,bmd->blm", *leaves[:2])).softmax(2)
+    want = torch.einsum("blm,bmc->blc", weight, leaves[2])
+    got = attend(*leaves, scale)
+    torch.testing.assert_close(got, want, **TOLERANCE[want.dtype])
+    grad = torch.randn_like(want)
+    for ours, theirs in zip(*(torch.autograd.grad(y, leaves, grad) for y in (got, want)), strict=True):
+        torch.testing.assert_close(ours, theirs, **TOLERANCE[want.dtype])
+
+
+@pytest.mark.parametrize(("keys", "width", "values"), [(512, 8, 128), (600, 64, 128), (1025, 8, 128), (3136, 8, 64)])
+def test_attend_takes_tiles_neither_for_few_nor_for_wide_keys_nor_for_large_maps(
+    keys: int, width: int, values: int
+) -> None:
+    assert not in_tiles(keys, width, values)
 
 
 def test_large_maps_never_hold_their_logits() -> None:

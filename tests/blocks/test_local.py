@@ -1,4 +1,7 @@
-"""Local attention equals one query and one tap at a time, in every geometry and at every border."""
+"""Local attention as ATen operations equals one query and one tap at a time, in every geometry, at every border.
+
+The other backends: tests/kernels.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convrewrite.blocks import local
 from convrewrite.blocks.local import local_attention, reflect_pad
+from convrewrite.kernels import aten
 from tests.blocks import TOLERANCE
 from tests.blocks.reference import loop_attention
+
+
+@pytest.fixture(autouse=True)
+def _aten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONVREWRITE_BACKEND", "aten")
+
 
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "3x3": {"size": (6, 5), "count": (6, 5), "window": (3, 3)},
@@ -46,7 +55,7 @@ def inputs(size: tuple[int, int], count: tuple[int, int], values: int = 4, batch
 @pytest.mark.parametrize("dense", [0.0, 1e9], ids=["tiles", "whole map"])
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_equals_the_loop_over_taps(name: str, dense: float, border: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "DENSE", dense)
+    monkeypatch.setattr(aten, "DENSE", dense)
     geometry = dict(GEOMETRIES[name])
     q, k, v = inputs(geometry.pop("size"), geometry.pop("count"))
     ours = local_attention(q, k, v, scale=0.7, border=border, **geometry)
@@ -81,7 +90,7 @@ def test_values_may_be_narrower_or_wider_than_keys(values: int) -> None:
 
 @pytest.mark.parametrize("dense", [0.0, 1e9], ids=["tiles", "whole map"])
 def test_gradients_are_those_of_finite_differences(dense: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "DENSE", dense)
+    monkeypatch.setattr(aten, "DENSE", dense)
     q, k, v = (t.requires_grad_() for t in inputs((4, 3), (2, 2)))
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -317,7 +317,11 @@ REFUSED: dict[str, tuple[str, Place, dict[str, Any]]] = {
         Place((1, 8, 2, 2), (1, 8, 0, 0), ConvSpec(8, 8, (3, 3))),
         {},
     ),
-    "outlooker can only be inserted, not replace a convolution": ("outlooker", instead_of(8, 8, (8, 8)), {}),
+    "the block changes from 8x8x8 to 8x4x4, outlooker keeps channels and size": (
+        "outlooker",
+        instead_of(8, 8, (8, 8), stride=(2, 2)),
+        {},
+    ),
     "the map changes from 8x8x8 to 8x4x4, outlooker keeps channels and size": (
         "outlooker",
         Place((1, 8, 8, 8), (1, 8, 4, 4)),

@@ -1,0 +1,1 @@
+"""One local-attention core behind a torch custom op, and the backends that compute it."""

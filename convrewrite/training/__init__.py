@@ -1,0 +1,1 @@
+"""Training of rewritten models: parameter groups and annealing for any loop, and a loop on Hugging Face accelerate."""

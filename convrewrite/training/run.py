@@ -1,0 +1,350 @@
+"""`finetune` and `distill`: from a rewritten model and images to a trained model, and a folder if one is asked for."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from convrewrite import provenance
+from convrewrite.data import DataError, Images, open_images
+from convrewrite.data.batches import Prepared, check_enough, measured
+from convrewrite.data.transforms import Form, augmentations, form_of, transform_for
+from convrewrite.errors import ConvrewriteError, StoreError
+from convrewrite.finalizing import blends_of, drop_convolutions, put_head
+from convrewrite.identity import identity
+from convrewrite.store import check_target, load, save
+from convrewrite.training import checkpoints
+from convrewrite.training.heads import outputs_of
+from convrewrite.training.history import Row, csv_text, write_csv, write_curves
+from convrewrite.training.loop import Loop, Task
+from convrewrite.training.settings import Purpose, Settings, settings_from
+from convrewrite.training.student import pairs_of, teacher_of
+from convrewrite.training.timetable import timetable
+
+_NEEDED = ("accelerate", "tensorboard", "matplotlib")
+
+
+class Trained(NamedTuple):
+    """What `finetune` and `distill` return.
+
+    Attributes:
+        model: in eval mode, with the kept weights; finalized if the blocks have taken over.
+        history: the rows of the log, oldest first: step, epoch, phase, loss, lr, anneal, gate, and where it was
+            measured val_loss, val_accuracy, agreement.
+    """
+
+    model: nn.Module
+    history: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class _Request:
+    """The arguments of `finetune` and `distill`."""
+
+    purpose: Purpose
+    model: nn.Module | str | Path
+    data: Any
+    val: Any
+    teacher: nn.Module | str | None
+    teacher_weights: str | None
+    out: Path | None
+    settings: Settings
+    resume: bool
+    overwrite: bool
+    download: bool
+    watch: Callable[[Row], None] | None
+    bar: bool
+
+    @property
+    def folder(self) -> Path | None:
+        """For checkpoints and logs, beside the result."""
+        return None if self.out is None else self.out.with_name(f"{self.out.name}.training")
+
+
+def finetune(
+    model: nn.Module | str | Path,
+    data: Any,
+    *,
+    val: Any = None,
+    teacher: nn.Module | str | None = None,
+    teacher_weights: str | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    download: bool = False,
+    watch: Callable[[Row], None] | None = None,
+    bar: bool = False,
+    **settings: Any,
+) -> Trained:
+    """Train a rewritten model on labelled images; the model given is left as it is.
+
+    Args:
+        model: what `rewrite` returned or `load` read, or the saved folder.
+        data, val: see `convrewrite.data.open_images`.
+        teacher: the original, for ``imitate`` and ``features``; by default it is taken out of the untrained model.
+        teacher_weights: for a teacher given by name, as ``--weights`` of the other commands.
+        out: folder for the result, as `save` writes it, with history.csv, curves.png and training.json. Checkpoints
+            and TensorBoard's files go to ``OUT.training`` beside it.
+        resume: go on with the run whose checkpoint lies there.
+        overwrite: replace a result and a run that lie there. download: let torchvision download data.
+        watch: called with every row of the log. bar: progress on standard error.
+        settings: fields of `convrewrite.training.settings.Settings`.
+
+    Raises:
+        ConvrewriteError: one line, for whatever does not fit.
+    """
+    chosen, place = settings_from(settings), None if out is None else Path(out)
+    flags = {"resume": resume, "overwrite": overwrite, "download": download}
+    return _run(
+        _Request("finetune", model, data, val, teacher, teacher_weights, place, chosen, **flags, watch=watch, bar=bar)
+    )
+
+
+def distill(
+    model: nn.Module | str | Path,
+    data: Any,
+    *,
+    val: Any = None,
+    teacher: nn.Module | str | None = None,
+    teacher_weights: str | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    download: bool = False,
+    watch: Callable[[Row], None] | None = None,
+    bar: bool = False,
+    **settings: Any,
+) -> Trained:
+    """Train a rewritten model to give the original's outputs; labels are not needed, and not trained on.
+
+    First each block imitates its convolution, then the whole network the original's logits. Arguments, result
+    and errors as for `finetune`.
+    """
+    chosen, place = settings_from(settings), None if out is None else Path(out)
+    flags = {"resume": resume, "overwrite": overwrite, "download": download}
+    return _run(
+        _Request("distill", model, data, val, teacher, teacher_weights, place, chosen, **flags, watch=watch, bar=bar)
+    )
+
+
+def _run(request: _Request) -> Trained:
+    _check_installed()
+    settings, folder = request.settings, request.folder
+    model = _own_copy(request.model)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if request.out is not None and folder is not None:
+        finished = (request.out / "training.json").is_file()
+        check_target(request.out, overwrite=request.overwrite or (request.resume and finished))
+        if not request.resume and not request.overwrite:
+            checkpoints.refuse_begun(folder / "last")
+    images = open_images(
+        request.data, request.val, fraction=settings.val_fraction, seed=settings.seed, download=request.download
+    )
+    form = form_of(model, image_size=settings.image_size, normalize=settings.normalize)
+    train, val = _prepared(images, form, settings)
+    classes, teacher = _fit_outputs(request, model, images, val)
+    accelerator = _accelerator(settings)
+    check_enough(len(train), settings.batch_size, accelerator.num_processes, images.name)
+    pairs = {} if teacher is None else pairs_of(model, teacher)
+    per_epoch = len(train) // (settings.batch_size * accelerator.num_processes)
+    table = timetable(settings, request.purpose, per_epoch, blockwise=bool(pairs))
+    run = _identity_of_run(request, model, teacher, images, accelerator.num_processes)
+    if accelerator.is_main_process and folder is not None:
+        _make(folder, begin=not request.resume)
+        checkpoints.clear_leftovers(folder)
+        checkpoints.clear_leftovers(folder.parent, request.out.name if request.out is not None else "")
+    accelerator.wait_for_everyone()
+    task = Task(
+        purpose=request.purpose,
+        settings=settings,
+        model=model,
+        teacher=teacher,
+        pairs=pairs,
+        train=train,
+        val=val,
+        classes=classes,
+        table=table,
+        folder=folder,
+        run=run,
+        watch=request.watch,
+        bar=request.bar,
+    )
+    with _deterministic(settings):
+        loop = Loop(task, accelerator, resume=request.resume)
+        standing = loop.run()
+    final = _finished(model, standing.step).to(device)
+    if accelerator.is_main_process and request.out is not None and folder is not None:
+        _write(request, final, tuple(standing.history), folder, run)
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    return Trained(final, tuple(standing.history))
+
+
+def _check_installed() -> None:
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConvrewriteError(f"training needs {', '.join(missing)}", fix="pip install 'convrewrite[train]'")
+
+
+def _own_copy(model: nn.Module | str | Path) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        return load(model)
+    if provenance.of(model) is None:
+        fix = "give what rewrite() returned, or a folder that 'convrewrite apply' wrote"
+        raise ConvrewriteError("the model was not rewritten by convrewrite", where=type(model).__name__, fix=fix)
+    return copy.deepcopy(getattr(model, "_orig_mod", model))
+
+
+def _prepared(images: Images, form: Form, settings: Settings) -> tuple[Prepared, Prepared]:
+    augment = augmentations(settings.augment)
+    train = Prepared(images.train, transform_for(form, augment), seed=settings.seed, name=images.name)
+    val = Prepared(images.val, transform_for(form, frozenset()), seed=settings.seed, name=f"{images.name} (measured)")
+    return train, val
+
+
+def _fit_outputs(request: _Request, model: nn.Module, images: Images, val: Prepared) -> tuple[int, nn.Module | None]:
+    """(classes of the model, the teacher), after exchanging the head if the images need it and the user allows it."""
+    settings = request.settings
+    batch = next(measured(val, batch=2, rank=0, world=1, workers=0)).images
+    classes, path = outputs_of(model, batch)
+    teacher = _teacher(request, model)
+    wanted = images.count
+    if request.purpose == "finetune" and not images.labelled:
+        raise DataError(
+            "the images have no labels", where=images.name, fix="put each class into its own folder, or use distill"
+        )
+    if request.purpose == "finetune" and wanted is not None and wanted != classes:
+        if settings.num_classes == "keep":
+            what = f"the data has {wanted} classes, the model {classes}"
+            raise DataError(what, where=images.name, fix="--num-classes auto gives the model a new head")
+        if path is None:
+            raise DataError(f"no layer of {classes} outputs was found to exchange", where=type(model).__name__)
+        put_head(model, path, wanted, seed=settings.seed)
+        classes = wanted
+    if request.purpose == "finetune" and wanted is None and settings.num_classes == "auto":
+        raise DataError("the data does not say how many classes it has", where=images.name, fix="give it 'classes'")
+    if teacher is not None and (outputs := outputs_of(teacher, batch)[0]) != classes:
+        fix = "an original of other classes cannot be imitated"
+        raise DataError(f"the original has {outputs} classes, the model {classes}", where=images.name, fix=fix)
+    return classes, teacher
+
+
+def _teacher(request: _Request, model: nn.Module) -> nn.Module | None:
+    settings = request.settings
+    if request.purpose == "finetune" and not settings.imitate and not settings.features:
+        return None
+    if isinstance(request.teacher, nn.Module):
+        given = copy.deepcopy(request.teacher)
+    elif request.teacher is not None:
+        from convrewrite.sources import resolve
+
+        given = resolve(request.teacher, weights=request.teacher_weights).model
+    else:
+        return teacher_of(model)
+    return given.eval().requires_grad_(requires_grad=False)
+
+
+def _accelerator(settings: Settings) -> Any:
+    """Hugging Face's Accelerator for these settings and for however the process was launched."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    known = AcceleratorState._shared_state
+    if known and known.get("_mixed_precision") != settings.mixed_precision:
+        AcceleratorState._reset_state()  # an earlier run in this process had another precision
+    # Parameters outside the current phase's loss take no part in a step.
+    several = DistributedDataParallelKwargs(find_unused_parameters=True)
+    try:
+        accelerator = Accelerator(
+            cpu=settings.device == "cpu", mixed_precision=settings.mixed_precision, kwargs_handlers=[several]
+        )
+    except (ValueError, RuntimeError) as error:
+        line = str(error).strip().splitlines()[0]
+        raise ConvrewriteError(f"accelerate cannot start: {line}", fix="see --mixed-precision and --device") from None
+    kinds = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+    if accelerator.distributed_type not in kinds:
+        name = accelerator.distributed_type.value
+        raise ConvrewriteError(f"accelerate was launched with {name}", fix="launch one process for each GPU (DDP)")
+    return accelerator
+
+
+def _identity_of_run(
+    request: _Request, model: nn.Module, teacher: nn.Module | None, images: Images, processes: int
+) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be gone on from."""
+    note = provenance.of(model)
+    assert note is not None
+    return {
+        "purpose": request.purpose,
+        "plan": note.plan.hash,
+        "model": identity(model),
+        "weights": checkpoints.digest_of(model),
+        "teacher": None if teacher is None else checkpoints.digest_of(teacher),
+        "data": f"{images.name}: {len(images.train)} and {len(images.val)} images",
+        "processes": processes,
+        "settings": request.settings.comparable(),
+    }
+
+
+def _make(folder: Path, *, begin: bool) -> None:
+    import shutil
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("last", "best", "tensorboard") if begin else ():
+            shutil.rmtree(folder / name, ignore_errors=True)
+    except OSError as error:
+        raise StoreError(f"cannot write: {error.strerror or error}", where=str(folder)) from error
+
+
+@contextmanager
+def _deterministic(settings: Settings) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(settings.deterministic or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _finished(model: nn.Module, steps: int) -> nn.Module:
+    """The model as it is handed back: eval mode, no trace of the training, finalized if the blocks have taken over."""
+    model._compiled_call_impl = None
+    blends = blends_of(model)
+    for blend in blends.values():
+        blend.draws = False
+    if all(float(blend.anneal) == 1.0 for blend in blends.values()):
+        model = drop_convolutions(model, blends)
+    note = provenance.of(model)
+    assert note is not None
+    provenance.note_since(model, replace(note.since, steps=note.since.steps + steps))
+    return model.eval()
+
+
+def _write(request: _Request, model: nn.Module, history: tuple[Row, ...], folder: Path, run: dict[str, Any]) -> None:
+    """The result as a saved folder, with its history."""
+    assert request.out is not None
+    write_csv(history, folder / "history.csv")
+    write_curves(history, folder / "curves.png")
+    summary = json.dumps({"run": run, "steps": history[-1]["step"], "measured": _measured(history)}, indent=1)
+    curves = (folder / "curves.png").read_bytes()
+    extras: dict[str, Callable[[Path], object]] = {
+        "history.csv": lambda path: path.write_text(csv_text(history), encoding="utf-8"),
+        "curves.png": lambda path: path.write_bytes(curves),
+        "training.json": lambda path: path.write_text(summary + "\n", encoding="utf-8"),
+    }
+    save(model, request.out, overwrite=True, extras=extras)
+
+
+def _measured(history: tuple[Row, ...]) -> list[Row]:
+    return [row for row in history if "val_loss" in row]

@@ -1,0 +1,279 @@
+"""Expected parts and roles of dense models, counted by hand from their source; for `test_parts.py`. No torch here.
+
+A line is (part, role, stage) -> number of convolutions, a module that is called several times counted once.
+`docs/roles.md` defines part, role and stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+Key = tuple[str, str, int]
+
+# torchvision/models/resnet.py: conv1; 3, 4, 6, 3 bottlenecks; the first block of each stage has a projection.
+RESNET50: dict[Key, int] = {
+    ("backbone", "stem", 0): 1,
+    ("backbone", "bottleneck_spatial", 1): 3,
+    ("backbone", "bottleneck_spatial", 2): 4,
+    ("backbone", "bottleneck_spatial", 3): 6,
+    ("backbone", "bottleneck_spatial", 4): 3,
+    ("backbone", "pointwise", 1): 6,
+    ("backbone", "pointwise", 2): 8,
+    ("backbone", "pointwise", 3): 12,
+    ("backbone", "pointwise", 4): 6,
+    ("backbone", "shortcut", 1): 1,
+    ("backbone", "downsample", 2): 1,
+    ("backbone", "downsample", 3): 1,
+    ("backbone", "downsample", 4): 1,
+}
+# replace_stride_with_dilation=[False, True, True]: layer3 and layer4 keep layer2's size, their projections stride 1.
+DILATED50 = {k: n for k, n in RESNET50.items() if k[1] != "downsample" or k[2] == 2} | {
+    ("backbone", "shortcut", 3): 1,
+    ("backbone", "shortcut", 4): 1,
+}
+# torchvision/models/mobilenetv3.py, large: blocks of stage 1 (112 px), 2 (56), 3 (28), 4 (14), 5 (7): 1, 2, 3, 6, 3;
+# the first has no expansion; gates of two convolutions in the 3 of stage 3, the last 2 of stage 4 and the 3 of stage 5.
+MOBILE: dict[Key, int] = {
+    ("backbone", "stem", 0): 1,
+    ("backbone", "depthwise", 1): 1,
+    ("backbone", "depthwise", 2): 2,
+    ("backbone", "depthwise", 3): 3,
+    ("backbone", "depthwise", 4): 6,
+    ("backbone", "depthwise", 5): 3,
+    ("backbone", "pointwise", 1): 1,
+    ("backbone", "pointwise", 2): 4,
+    ("backbone", "pointwise", 3): 6,
+    ("backbone", "pointwise", 4): 12,
+    ("backbone", "pointwise", 5): 6,
+    ("backbone", "se", 3): 6,
+    ("backbone", "se", 4): 4,
+    ("backbone", "se", 5): 6,
+}
+# dilated=True keeps the size of stage 4 to the end: its 9 blocks are one stage; features.16 is a 1x1 after them.
+DILATED_MOBILE = {k: n for k, n in MOBILE.items() if k[2] < 4} | {
+    ("backbone", "depthwise", 4): 9,
+    ("backbone", "pointwise", 4): 18,
+    ("backbone", "se", 4): 10,
+    ("backbone", "transition", 4): 1,
+}
+
+
+def _fpn(levels: range) -> dict[Key, int]:
+    """torchvision/ops/feature_pyramid_network.py: a 1x1 and a 3x3 for each level."""
+    return {("neck", role, stage): 1 for stage in levels for role in ("pointwise", "basic_spatial")}
+
+
+@dataclass(frozen=True)
+class Dense:
+    """One model: a torchvision name, or one of `nets.py` in capitals.
+
+    Attributes:
+        sites: some of them, path -> (part, role, stage). other: convolutions that are not 2-D, op -> number.
+    """
+
+    family: str
+    model: str
+    counts: Mapping[Key, int]
+    sites: Mapping[str, Key] = field(default_factory=dict)
+    other: Mapping[str, int] = field(default_factory=dict)
+    size: int = 224
+
+
+TABLES = [
+    Dense(
+        "faster_rcnn",
+        "fasterrcnn_resnet50_fpn",  # rpn: 3x3, class, box; the box head is linear
+        {**RESNET50, **_fpn(range(1, 5)), ("head", "head", 4): 3},
+        {
+            "backbone.body.layer3.0.conv2": ("backbone", "bottleneck_spatial", 3),
+            "backbone.fpn.inner_blocks.0.0": ("neck", "pointwise", 1),
+            "backbone.fpn.inner_blocks.3.0": ("neck", "pointwise", 4),
+            "backbone.fpn.layer_blocks.2.0": ("neck", "basic_spatial", 3),
+            "rpn.head.conv.0.0": ("head", "head", 4),
+            "rpn.head.bbox_pred": ("head", "head", 4),
+        },
+    ),
+    Dense(
+        "faster_rcnn",
+        "fasterrcnn_resnet50_fpn_v2",  # two 3x3 in the rpn, four in the box head
+        {**RESNET50, **_fpn(range(1, 5)), ("head", "head", 4): 8},
+        {"roi_heads.box_head.3.0": ("head", "head", 4)},
+    ),
+    Dense(
+        "faster_rcnn",
+        "fasterrcnn_mobilenet_v3_large_fpn",  # both levels of the FPN, features.13 and .16, are of one resolution
+        {
+            **MOBILE,
+            ("backbone", "transition", 5): 1,
+            ("neck", "pointwise", 5): 2,
+            ("neck", "basic_spatial", 5): 2,
+            ("head", "head", 5): 3,
+        },
+        {
+            "backbone.body.16.0": ("backbone", "transition", 5),
+            "backbone.fpn.inner_blocks.0.0": ("neck", "pointwise", 5),
+        },
+    ),
+    Dense(
+        "mask_rcnn",
+        "maskrcnn_resnet50_fpn",  # as Faster R-CNN, and four 3x3 and a 1x1 for masks
+        {**RESNET50, **_fpn(range(1, 5)), ("head", "head", 4): 8},
+        {"roi_heads.mask_head.0.0": ("head", "head", 4)},
+        {"conv_transpose2d": 1},
+    ),
+    Dense(
+        "keypoint_rcnn",
+        "keypointrcnn_resnet50_fpn",  # as Faster R-CNN, and eight 3x3 for key points
+        {**RESNET50, **_fpn(range(1, 5)), ("head", "head", 4): 11},
+        {"roi_heads.keypoint_head.14": ("head", "head", 4)},
+        {"conv_transpose2d": 1},
+    ),
+    Dense(
+        "retinanet",
+        "retinanet_resnet50_fpn",  # levels from layer2 on; p6, p7 from P5; two heads of four 3x3 and one more
+        {**RESNET50, **_fpn(range(2, 5)), ("neck", "downsample", 4): 2, ("head", "head", 4): 10},
+        {
+            "backbone.fpn.extra_blocks.p6": ("neck", "downsample", 4),
+            "backbone.fpn.layer_blocks.0.0": ("neck", "basic_spatial", 2),
+            "head.regression_head.bbox_reg": ("head", "head", 4),
+        },
+    ),
+    Dense(
+        "retinanet",
+        "retinanet_resnet50_fpn_v2",  # p6 from the backbone's last map
+        {**RESNET50, **_fpn(range(2, 5)), ("neck", "downsample", 4): 2, ("head", "head", 4): 10},
+    ),
+    Dense(
+        "fcos",
+        "fcos_resnet50_fpn",  # two towers of four 3x3; class, box and centre
+        {**RESNET50, **_fpn(range(2, 5)), ("neck", "downsample", 4): 2, ("head", "head", 4): 11},
+        {"head.regression_head.bbox_ctrness": ("head", "head", 4)},
+    ),
+    Dense(
+        "deeplabv3",
+        "deeplabv3_resnet50",  # ASPP: 1x1, three dilated 3x3, pooled 1x1, project; then 3x3 and 1x1
+        {**DILATED50, ("head", "head", 4): 8},
+        {
+            "backbone.layer4.0.downsample.0": ("backbone", "shortcut", 4),
+            "classifier.0.convs.4.1": ("head", "head", 4),
+            "classifier.4": ("head", "head", 4),
+        },
+    ),
+    Dense(
+        "deeplabv3",
+        "deeplabv3_mobilenet_v3_large",
+        {**DILATED_MOBILE, ("head", "head", 4): 8},
+        {"backbone.16.0": ("backbone", "transition", 4)},
+    ),
+    Dense(
+        "fcn",
+        "fcn_resnet50",  # 3x3 and 1x1
+        {**DILATED50, ("head", "head", 4): 2},
+        {"classifier.0": ("head", "head", 4), "classifier.4": ("head", "head", 4)},
+    ),
+    Dense(
+        "lraspp",
+        "lraspp_mobilenet_v3_large",  # cbr narrows, scale gates, and the two classifiers are summed
+        {
+            **DILATED_MOBILE,
+            ("neck", "pointwise", 4): 1,
+            ("neck", "se", 4): 1,
+            ("head", "head", 4): 2,
+        },
+        {
+            "classifier.cbr.0": ("neck", "pointwise", 4),
+            "classifier.scale.1": ("neck", "se", 4),
+            "classifier.low_classifier": ("head", "head", 4),
+        },
+    ),
+    Dense(
+        "ssd",
+        # VGG-16's 13 (stages at 300, 150, 75, 38, 19 px), fc6 and fc7 at 19, then pairs of 1x1 and 3x3:
+        # 19 > 10, 10 > 5, 5 > 3, 3 > 1. Heads: two 3x3 on each of six maps.
+        "ssd300_vgg16",
+        {
+            ("backbone", "stem", 0): 1,
+            ("backbone", "basic_spatial", 1): 1,
+            ("backbone", "basic_spatial", 2): 2,
+            ("backbone", "basic_spatial", 3): 3,
+            ("backbone", "basic_spatial", 4): 3,
+            ("backbone", "basic_spatial", 5): 4,
+            ("backbone", "pointwise", 5): 2,
+            ("backbone", "basic_spatial", 6): 1,
+            ("backbone", "pointwise", 6): 1,
+            ("backbone", "basic_spatial", 7): 1,
+            ("backbone", "pointwise", 7): 1,
+            ("backbone", "basic_spatial", 8): 1,
+            ("backbone", "pointwise", 8): 1,
+            ("backbone", "basic_spatial", 9): 1,
+            ("head", "head", 9): 12,
+        },
+        {"backbone.features.0": ("backbone", "stem", 0), "head.classification_head.module_list.5": ("head", "head", 9)},
+    ),
+    Dense(
+        "raft",
+        # Two encoders: 7x7, three stages of two residual blocks of 3x3 3x3 at 112, 56, 28 px, projections in the
+        # strided ones, a 1x1. Update block: correlation 1x1 3x3, flow 7x7 3x3, 3x3; two GRUs of three; flow head of
+        # two; mask predictor of two.
+        "raft_large",
+        {
+            ("backbone", "stem", 0): 2,
+            ("backbone", "basic_spatial", 1): 8,
+            ("backbone", "basic_spatial", 2): 8,
+            ("backbone", "basic_spatial", 3): 8,
+            ("backbone", "downsample", 2): 2,
+            ("backbone", "downsample", 3): 2,
+            ("backbone", "transition", 3): 2,
+            ("head", "head", 3): 15,
+        },
+        {"update_block.flow_head.conv1": ("head", "head", 3), "context_encoder.conv": ("backbone", "transition", 3)},
+    ),
+    Dense(
+        "u_net",
+        # Encoder: two 3x3 at 32, 16 and 8 px. Decoder: two 3x3 at 16 and at 32 px after a transposed one each; 1x1.
+        "UNET",
+        {
+            ("backbone", "stem", 0): 1,
+            ("backbone", "basic_spatial", 1): 1,
+            ("backbone", "basic_spatial", 2): 2,
+            ("backbone", "basic_spatial", 3): 2,
+            ("neck", "basic_spatial", 2): 2,
+            ("neck", "basic_spatial", 1): 2,
+            ("head", "head", 3): 1,
+        },
+        {
+            "down.2.0": ("backbone", "basic_spatial", 3),
+            "merge.0.0": ("neck", "basic_spatial", 2),
+            "merge.1.2": ("neck", "basic_spatial", 1),
+            "out": ("head", "head", 3),
+        },
+        {"conv_transpose2d": 2},
+        32,
+    ),
+    Dense(
+        "residual_u_net",
+        # Stem at 16 px; residual blocks at 16 and, with a projection, 8 px; the decoder ends at the image's 32 px with
+        # one 3x3 and a residual block before that, at 16.
+        "RESUNET",
+        {
+            ("backbone", "stem", 0): 1,
+            ("backbone", "bottleneck_spatial", 1): 1,
+            ("backbone", "pointwise", 1): 2,
+            ("backbone", "bottleneck_spatial", 2): 1,
+            ("backbone", "pointwise", 2): 2,
+            ("backbone", "downsample", 2): 1,
+            ("neck", "bottleneck_spatial", 1): 1,
+            ("neck", "pointwise", 1): 3,
+            ("neck", "basic_spatial", 0): 1,
+            ("head", "head", 2): 1,
+        },
+        {
+            "fuse": ("neck", "pointwise", 1),
+            "up.conv2": ("neck", "bottleneck_spatial", 1),
+            "last": ("neck", "basic_spatial", 0),
+        },
+        {},
+        32,
+    ),
+]
