@@ -81,7 +81,7 @@ def command(
         raise click.UsageError("a plan is fixed: --set and --start go with --rules")
     if kind != "module" and not out:
         raise click.UsageError(f"--emit {kind} needs --out DIR")
-    from convrewrite.pipeline import REWRITING, real_example, rewrite
+    from convrewrite.pipeline import REWRITING, example_of, real_example, rewrite
     from convrewrite.report import render
     from convrewrite.store import check_target, save
 
@@ -111,7 +111,7 @@ def command(
         )
     finally:
         progress.close()
-    example = real_example(done.model, _shape_tensors(source.example, dtype))
+    example = real_example(done.model, example_of(done.model, source.example))
     if compile_ or kind == "compiled":
         _check_compile(source.model, done.model, example)
     put(render(done.report, format_, verbose=verbose), None)
@@ -144,12 +144,6 @@ def _placed(model: Any, device: str, dtype: str, channels_last: bool) -> Any:
     except (RuntimeError, AssertionError) as error:
         raise ConvrewriteError(f"device '{device}' cannot be used: {str(error).splitlines()[0]}") from None
     return model.to(memory_format=torch.channels_last) if channels_last else model
-
-
-def _shape_tensors(shape: Any, dtype: str) -> tuple[Any, ...]:
-    import torch
-
-    return (torch.empty(tuple(shape), dtype=getattr(torch, dtype), device="meta"),)
 
 
 def _check_compile(original: Any, rewritten: Any, example: tuple[Any, ...]) -> None:

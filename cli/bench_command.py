@@ -197,6 +197,7 @@ def fits(
     from convrewrite.pipeline import example_of
 
     networks = []
+    data: Any
     if model:
         if not images:
             raise ConvrewriteError("MODEL needs pictures", where="bench fits", fix="--images DIR")
@@ -207,10 +208,11 @@ def fits(
     else:
         torch.manual_seed(0)
         digits, test = bench.mnist()
-        network, shape, data = bench.train(bench.small_resnet(), digits, _say), (1, 1, 28, 28), digits[0]
+        network, shape = bench.train(bench.small_resnet(), digits, _say), (1, 1, 28, 28)
+        data = digits[0]
         names = ("acmix, 4 heads", "sasa_wide, 4 heads", "sasa_wide, 9 heads")
         chosen = [c for c in bench.CONTENDERS if c.name in names]
-        networks = list(bench.whole(network, data, test, chosen, use=use))
+        networks = list(bench.whole(network, digits[0], test, chosen, use=use))
     calibration = images_for(network, example_of(network, shape), data, limit=use, seed=0)
     sites = bench.spatial_sites(network, shape)[:limit]
     found = list(bench.layers(network, calibration, sites))

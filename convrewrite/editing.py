@@ -86,16 +86,16 @@ def _apply(model: nn.Module, edit: Edit, seed: int, solved: dict[str, float] | N
         if ":" in edit.path:
             conv = graphs.convolution(model, edit.path)
             emitted = graphs.with_module(model, edit.path, _replacement(conv, edit, seed, solved))
-            return _exchange(model, model.get_submodule(edit.path.rpartition(":")[0]), emitted)
+            return exchange(model, model.get_submodule(edit.path.rpartition(":")[0]), emitted)
         old = model.get_submodule(edit.path)
         if not isinstance(old, nn.Conv2d):
             raise EditError(f"{type(old).__name__} is not a convolution", where=edit.path)
         new = _replacement(old, edit, seed, solved)
-        _move_hooks(old, new)
-        model = _exchange(model, old, new)
+        move_hooks(old, new)
+        model = exchange(model, old, new)
         for path in edit.absorbs:
             gone = model.get_submodule(path)
-            model = _exchange(model, gone, nn.Identity().train(gone.training))
+            model = exchange(model, gone, nn.Identity().train(gone.training))
         return model
     except ConvrewriteError:
         raise
@@ -113,8 +113,8 @@ def _apply_whole(model: nn.Module, edit: Edit, plan: Plan) -> nn.Module:
         site = edit.site
         stand = Stand(edit.id, edit.rule, edit.block, site.conv, site.module_class, sites=(site, *others))
         mark(new, stand)
-        _move_hooks(old, new)
-        return _exchange(model, old, new)
+        move_hooks(old, new)
+        return exchange(model, old, new)
     except Exception as error:
         raise EditError(f"{edit.block}: {type(error).__name__}: {error}", where=edit.path) from error
 
@@ -162,7 +162,7 @@ def _build(edit: Edit, conv: ConvSpec | None, seed: int, beside: nn.Module) -> B
     return block.train(beside.training)
 
 
-def _exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
+def exchange(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     """Put `new` at every place where `old` is registered; returns the root, which may be `new` itself."""
     if model is old:
         return new
@@ -181,7 +181,7 @@ def _computed(model: nn.Module) -> Iterator[Tensor]:
         yield from (v for v in vars(module).values() if isinstance(v, Tensor) and not v.is_leaf)
 
 
-def _move_hooks(old: nn.Module, new: nn.Module) -> None:
+def move_hooks(old: nn.Module, new: nn.Module) -> None:
     """Forward and backward hooks watch the site, so they go with it; those that compute its weight stay."""
     for name in (
         "_forward_hooks",
@@ -192,8 +192,8 @@ def _move_hooks(old: nn.Module, new: nn.Module) -> None:
         "_forward_hooks_always_called",
         "_forward_pre_hooks_with_kwargs",
     ):
-        hooks = getattr(old, name, None)
-        moving = [key for key, hook in (hooks or {}).items() if not type(hook).__module__.startswith("torch.nn.utils")]
+        hooks = getattr(old, name, None) or {}
+        moving = [key for key, hook in hooks.items() if not type(hook).__module__.startswith("torch.nn.utils")]
         for key in moving:
             getattr(new, name)[key] = hooks.pop(key)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from convrewrite import provenance
 from convrewrite.blocks.blend import Blend
-from convrewrite.editing import _exchange, _move_hooks
+from convrewrite.editing import exchange, move_hooks
 from convrewrite.errors import ConvrewriteError, StoreError
 from convrewrite.provenance import Since
 from convrewrite.stands import mark, stand_of
@@ -54,8 +54,8 @@ def drop_convolutions(model: nn.Module, paths: Iterable[str]) -> nn.Module:
         stand = stand_of(blend)
         if stand is not None:
             mark(block, stand)
-        _move_hooks(blend, block)
-        root = _exchange(root, blend, block)
+        move_hooks(blend, block)
+        root = exchange(root, blend, block)
     note = provenance.of(model)
     if note is not None:
         if root is not model:  # the network was nothing but the blend
@@ -86,8 +86,8 @@ def put_head(model: nn.Module, path: str, classes: int, *, seed: int = 0) -> Non
             number, new = old.out_channels, nn.Conv2d(old.in_channels, classes, 1, bias=old.bias is not None)
         else:
             raise StoreError(f"{type(old).__name__} is no classifier that can be exchanged", where=path)
-    _move_hooks(old, new)
-    _exchange(model, old, new.to(device=device, dtype=old.weight.dtype).train(old.training))
+    move_hooks(old, new)
+    exchange(model, old, new.to(device=device, dtype=old.weight.dtype).train(old.training))
     if getattr(model, "num_classes", None) == number:
         model.num_classes = classes  # type: ignore[assignment]
     note = provenance.of(model)

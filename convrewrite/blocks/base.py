@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -14,6 +14,16 @@ from convrewrite.registry import Registry
 from convrewrite.sites import ConvSpec, Cost, Place
 
 Action = Literal["replace", "insert"]
+
+
+_READ_BY_MODELS = {
+    "kernel_size": "kernel",
+    "stride": "stride",
+    "padding": "padding",
+    "dilation": "dilation",
+    "groups": "groups",
+    "padding_mode": "padding_mode",
+}
 
 
 class BlockOptions(BaseModel):
@@ -77,6 +87,13 @@ class Block(nn.Module):
     def load_conv(self, conv: nn.Conv2d) -> None:
         """Take over the weights of the convolution that is replaced, so that the output stays the same."""
         raise NotImplementedError(f"{type(self).__name__} does not hold a convolution")
+
+    def __getattr__(self, name: str) -> Any:
+        """Stride, padding and the like of the convolution that stood here, since some models read them."""
+        if name in _READ_BY_MODELS and (conv := self.__dict__.get("place_conv")) is not None:
+            top, left = conv.padding[2], conv.padding[0]
+            return (top, left) if name == "padding" else getattr(conv, _READ_BY_MODELS[name])
+        return super().__getattr__(name)
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}"

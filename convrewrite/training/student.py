@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from convrewrite import provenance
 from convrewrite.blocks.blend import Blend
-from convrewrite.editing import _exchange
+from convrewrite.editing import exchange
 from convrewrite.errors import ConvrewriteError
 from convrewrite.finalizing import blends_of
 from convrewrite.stands import stand_of
@@ -100,7 +100,7 @@ def teacher_of(model: nn.Module) -> nn.Module:
         raise ConvrewriteError(what, where=moved, fix=fix)
     teacher = copy.deepcopy(getattr(model, "_orig_mod", model))
     for blend in list(blends_of(teacher).values()):
-        teacher = _exchange(teacher, blend, blend.conv)
+        teacher = exchange(teacher, blend, blend.conv)
     return teacher.eval().requires_grad_(requires_grad=False)
 
 
