@@ -42,7 +42,7 @@ PROMISES: dict[str, list[str]] = {
         r"^same output, bit for bit: True$",
     ],
     "own_pass": [
-        r"^passes: capture plan edit transfer freeze verify$",
+        r"^passes: capture plan edit calibrate transfer freeze verify$",
         r"^trainable: ",
         r"^original still trainable: True$",
     ],

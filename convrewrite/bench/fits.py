@@ -158,11 +158,12 @@ class _Block(nn.Module):
         return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.skip(x))
 
 
-def small_resnet() -> nn.Sequential:
-    """Nine 3x3 convolutions for 28 x 28 grey images and ten classes."""
-    stem = (nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-    body = (_Block(16, 16, 1), _Block(16, 32, 2), _Block(32, 32, 1), _Block(32, 64, 2))
-    return nn.Sequential(*stem, *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+def small_resnet(width: int = 16) -> nn.Sequential:
+    """Nine 3x3 convolutions for 28 x 28 grey images (or smaller ones) and ten classes; `width` channels at first."""
+    w = width
+    stem = (nn.Conv2d(1, w, 3, 1, 1, bias=False), nn.BatchNorm2d(w), nn.ReLU())
+    body = (_Block(w, w, 1), _Block(w, 2 * w, 2), _Block(2 * w, 2 * w, 1), _Block(2 * w, 4 * w, 2))
+    return nn.Sequential(*stem, *body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * w, 10))
 
 
 def mnist() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

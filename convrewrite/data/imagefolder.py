@@ -28,7 +28,7 @@ class Folder:
             with Image.open(path) as image:
                 image.load()
                 return image, label
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError, SyntaxError, ImportError, Image.DecompressionBombError) as error:
             raise DataError(f"not a readable image ({type(error).__name__})", where=str(path)) from None
 
 

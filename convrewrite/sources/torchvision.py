@@ -14,18 +14,19 @@ from convrewrite.sites import Shape
 from convrewrite.sources.base import SOURCES, Recipe, Request, default_example, head_mismatch
 
 _PREFIX = "torchvision:"
+_QUANTIZED = "quantized_"  # built without ``quantize``, they are float models and take the float models' weights
 _CLASSES = 1000  # what its classifiers are built with when not told
 
 
 class Torchvision:
-    """Every torchvision model but the quantised ones, which cannot be trained."""
+    """Every torchvision model; ``quantized_*`` under its full name and in its float form, the one that trains."""
 
     order = 10
 
     def find(self, spec: str) -> str | None:
         if spec.startswith(_PREFIX):
             name = spec.removeprefix(_PREFIX)
-            if name not in self.names():
+            if name not in _builders():
                 raise _unknown(name, self.names())
             return name
         return spec if spec.isidentifier() and spec in self.names() else None
@@ -71,7 +72,7 @@ class Torchvision:
         classes = [m.out_features for m in model.modules() if isinstance(m, nn.Linear)][-1:]
         if not classes:  # a convolution is the head, unless the rewrite took it
             classes = [*[m.out_channels for m in model.modules() if isinstance(m, nn.Conv2d)][-1:], _CLASSES]
-        for name in self.names():
+        for name in _builders():
             if _builder(name).__module__ == type(model).__module__:
                 for number in classes:
                     head = {} if number == _CLASSES else {"num_classes": number}
@@ -79,16 +80,20 @@ class Torchvision:
 
 
 @cache
-def _names() -> tuple[str, ...]:
+def _builders() -> tuple[str, ...]:
     import torchvision
 
-    return tuple(n for n in torchvision.models.list_models() if not n.startswith("quantized_"))
+    return tuple(torchvision.models.list_models())
+
+
+def _names() -> tuple[str, ...]:
+    return tuple(name for name in _builders() if not name.startswith(_QUANTIZED))
 
 
 def _builder(name: str) -> Any:
     import torchvision
 
-    if name not in _names():
+    if name not in _builders():
         raise _unknown(name, _names())
     return torchvision.models.get_model_builder(name)
 
@@ -97,7 +102,7 @@ def _weights(name: str, weights: str) -> Any:
     """The member of the model's weights enumeration; ``ResNet50_Weights.IMAGENET1K_V2`` is understood too."""
     import torchvision
 
-    members = torchvision.models.get_model_weights(name)
+    members = torchvision.models.get_model_weights(name.removeprefix(_QUANTIZED))
     wanted = weights.removeprefix(f"{members.__name__}.")
     if wanted not in members.__members__:
         raise SourceError(
@@ -110,7 +115,7 @@ def _weights(name: str, weights: str) -> Any:
 
 def _options_of_weights(name: str, weights: Any) -> dict[str, Any]:
     """What torchvision's builders change in the architecture when they are given weights."""
-    builder = _builder(name)
+    builder, name = _builder(name), name.removeprefix(_QUANTIZED)
     if "detection" in builder.__module__:
         raise SourceError(
             "torchvision builds its pretrained detectors from other layers than the untrained ones",

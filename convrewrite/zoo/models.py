@@ -149,6 +149,35 @@ ULTRALYTICS = (
 )
 
 
+# Few and small boxes: what is tried is that all parts run, not what an untrained detector finds.
+_PIXELS = "min_size=96&max_size=128"
+_TWO_STAGES = (
+    f"{_PIXELS}&rpn_pre_nms_top_n_train=20&rpn_post_nms_top_n_train=20&rpn_pre_nms_top_n_test=20"
+    "&rpn_post_nms_top_n_test=20&box_batch_size_per_image=16&box_detections_per_img=5"
+)
+_ONE_STAGE = "detections_per_img=5&topk_candidates=20"
+
+SMALL = 64
+"""Pixels on a side that are enough to tell stages apart."""
+
+SMALLER: dict[str, tuple[str, int]] = {
+    "torchvision:fasterrcnn": (_TWO_STAGES, 96),
+    "torchvision:maskrcnn": (_TWO_STAGES, 96),
+    "torchvision:keypointrcnn": (_TWO_STAGES, 96),
+    "torchvision:fcos": (f"{_PIXELS}&{_ONE_STAGE}", 96),
+    "torchvision:retinanet": (f"{_PIXELS}&{_ONE_STAGE}", 96),
+    "torchvision:ssd": (_ONE_STAGE, 96),
+    "torchvision:raft": ("", 128),
+}
+"""How a spec begins -> options for the builder and pixels on a side, for models that are slow or refuse 64 pixels."""
+
+
+def smaller(spec: str) -> tuple[str, int]:
+    """The spec as the zoo builds it, and the pixels on a side that it tries first."""
+    options, pixels = next((small for start, small in SMALLER.items() if spec.startswith(start)), ("", SMALL))
+    return spec if not options or "?" in spec else f"{spec}?{options}", pixels
+
+
 @dataclass(frozen=True)
 class Entry:
     """One model of the zoo: its group, its family in the group ("" if the group has none) and its name as a source."""

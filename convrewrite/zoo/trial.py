@@ -22,11 +22,8 @@ from convrewrite.rulefile import builtin_names, load_rules
 from convrewrite.sites import Site
 from convrewrite.sources import resolve
 from convrewrite.zoo.copies import NAME
-from convrewrite.zoo.models import Entry
+from convrewrite.zoo.models import Entry, smaller
 from convrewrite.zoo.rows import Row
-
-SMALL = 64
-"""Pixels on a side that are enough to tell stages apart; a model that refuses them gets its own size."""
 
 COPIES = {
     "version": 1,
@@ -51,10 +48,11 @@ def try_model(entry: Entry) -> Row:
 
 def _tried(row: Row, seconds: dict[str, float]) -> Row:
     with _timed(seconds, "build"):
-        source = resolve(row.spec)
+        spec, pixels = smaller(row.spec)
+        source = resolve(spec)
         model = source.model
     with _timed(seconds, "capture"):
-        graph, example = _captured(model, source.example)
+        graph, example = _captured(model, source.example, pixels)
     row = replace(row, **_facts(model, graph), input=tuple(example))
     with _timed(seconds, "copies"):
         row = _copied(row, model, example)
@@ -70,9 +68,9 @@ def _tried(row: Row, seconds: dict[str, float]) -> Row:
     return replace(row, applied=chosen, laws={law.law: law.status for law in report.laws}, broken=broken)
 
 
-def _captured(model: nn.Module, own: tuple[int, ...]) -> tuple[Graph, tuple[int, ...]]:
+def _captured(model: nn.Module, own: tuple[int, ...], pixels: int) -> tuple[Graph, tuple[int, ...]]:
     """The graph on a small input, or on the model's own size where it insists on that."""
-    shapes = [own] if len(own) != 4 else [(1, own[1], min(SMALL, own[2]), min(SMALL, own[3])), own]
+    shapes = [own] if len(own) != 4 else [(1, own[1], min(pixels, own[2]), min(pixels, own[3])), own]
     for shape in dict.fromkeys(shapes):
         try:
             return annotate(capture(model, example_of(model, shape))), shape
@@ -99,6 +97,8 @@ def _facts(model: nn.Module, graph: Graph) -> dict[str, Any]:
 
 def _copied(row: Row, model: nn.Module, example: tuple[int, ...]) -> Row:
     """Every convolution replaced by an equal copy."""
+    if not row.roles:
+        return replace(row, identical=True)  # nothing to replace: a video model, all its convolutions 3-D
     made = plan(model, COPIES, example=_batch(example), name=row.spec)
     refused = {refusal.site.path: refusal.reason for refusal in made.refused if refusal.site.op == "conv2d"}
     beside = [edit for edit in made.edits if edit.how != "holds the conv"]
@@ -134,6 +134,8 @@ def _why_none(sites: tuple[Site, ...], refusals: list[str]) -> str:
     if refusals:
         return f"the blocks refuse its sites: {refusals[0]}"
     spatial = [site for site in sites if site.op == "conv2d" and max(site.kernel) > 1]
+    if not any(site.op == "conv2d" for site in sites):
+        return "it has no 2-D convolution"
     if not spatial:
         return "no convolution is larger than 1x1"
     kinds = Counter(f"{site.role}{_grouped(site)}" for site in spatial)

@@ -38,7 +38,7 @@ CONVOLUTIONS: dict[str, tuple[int, int, tuple[int, int], int, dict[str, int | st
     "large map": (16, 16, (23, 40), 3, {"padding": 1}),
     "odd channels": (3, 7, (8, 8), 3, {"padding": 1}),
 }
-REGULAR = {"conv": "3x3", "pool": "stride 2, even size"}
+REGULAR = {"conv": "3x3", "pool": "stride 2, even size", "block": "3x3"}
 """A place that every block of a span takes."""
 
 

@@ -21,7 +21,7 @@ from convrewrite.match import correct_roles, match, search
 from convrewrite.rulefile import load_rules, parse_rules
 from convrewrite.ruleschema import RuleFile
 from convrewrite.selectors import SELECTORS
-from convrewrite.sites import ROLES
+from convrewrite.sites import PARTS, ROLES
 from convrewrite.yamlfile import load
 from tests.rules.networks import resnet50, site
 
@@ -163,6 +163,7 @@ ABSURD = st.recursive(
 )
 WORDY: dict[str, st.SearchStrategy[Any]] = {
     "role": st.sampled_from(ROLES),
+    "part": st.sampled_from(PARTS),
     "op": st.sampled_from(["conv2d", "conv1d"]),
     "groups": st.sampled_from([1, 32, "depthwise", ">1"]),
     "name": st.sampled_from(["conv1", "layer1.*", "re:.*conv[23]", "s"]),
