@@ -8,6 +8,7 @@ from typing import Any
 import click
 from convrewrite.cli.common import (
     Progress,
+    check_rules,
     clean_errors,
     format_option,
     model_options,
@@ -81,6 +82,8 @@ def command(
         raise click.UsageError("a plan is fixed: --set and --start go with --rules")
     if kind != "module" and not out:
         raise click.UsageError(f"--emit {kind} needs --out DIR")
+    overrides = settings_of(settings)
+    check_rules(rules)
     from convrewrite.pipeline import REWRITING, example_of, real_example, rewrite
     from convrewrite.report import render
     from convrewrite.store import check_target, save
@@ -100,7 +103,7 @@ def command(
             start=start,
             example=source.example,
             seed=seed,
-            overrides=settings_of(settings),
+            overrides=overrides,
             force=force,
             name=source.name,
             source=source.recipe,
@@ -119,6 +122,8 @@ def command(
         extras = _extras(done.model, kind, example)
         save(done.model, out, report=done.report, overwrite=overwrite, extras=extras)
         click.echo(f"wrote {out}", err=True)
+        if source.weights is None and (source.recipe or {}).get("kind") in ("torchvision", "timm"):
+            click.echo("note: the weights are random; --weights DEFAULT or a file gives trained ones", err=True)
 
 
 def _plan(path: str) -> Any:
@@ -126,8 +131,10 @@ def _plan(path: str) -> Any:
 
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConvrewriteError(f"cannot be read: {error}", where=path) from None
+    except OSError as error:
+        raise ConvrewriteError(f"cannot be read: {error.strerror or error}", where=path) from None
+    except UnicodeDecodeError:
+        raise ConvrewriteError("not a plan: no UTF-8 text", where=path, fix="write one with plan --out") from None
     return Plan.from_json(text, where=path)
 
 

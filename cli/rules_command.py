@@ -35,7 +35,8 @@ def list_rules() -> None:
     for name in builtin_names():
         file = load_rules(name)
         rows.append((name, len(file.rules), file.summary, file.reference))
-    click.echo(tabulate(rows, headers=("name", "rules", "summary", "reference"), tablefmt="simple"))
+    headers = ("name", "rules", "summary", "reference")
+    click.echo(tabulate(rows, headers=headers, tablefmt="simple", maxcolwidths=[None, None, 38, None]))
 
 
 @command.command()

@@ -631,11 +631,11 @@ def _normalises(x: Tensor, *vectors: Tensor | None) -> bool:
 
 
 def _parts(modules: set[nn.Module], functional: set[nn.Module]) -> Iterator[nn.Module]:
-    """The outermost callable modules with convolutions among `modules` (lists and dicts are looked through)."""
+    """The outermost callable modules with convolutions, or what replaced one, among `modules` (through lists, dicts)."""
     for module in modules:
         if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             yield from _parts(set(module.children()), functional)
-        elif isinstance(module, CONVS) or _holds_convs(module, functional):
+        elif isinstance(module, CONVS) or stand_of(module) is not None or _holds_convs(module, functional):
             yield module
 
 

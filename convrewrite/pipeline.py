@@ -23,7 +23,7 @@ from convrewrite.capture import capture
 from convrewrite.diffing import Diff, ModelView, view_of
 from convrewrite.diffing import diff as compare
 from convrewrite.editing import Edited, edit_model
-from convrewrite.errors import ConvrewriteError, LawError
+from convrewrite.errors import ConvrewriteError, LawError, RuleError
 from convrewrite.identity import identity
 from convrewrite.laws import check
 from convrewrite.laws.case import Case
@@ -119,6 +119,8 @@ def _edit(work: Work) -> None:
 
 def _calibrate(work: Work) -> None:
     assert work.plan is not None and work.edited is not None
+    if work.images is not None and not any(edit.start == "fitted" for edit in work.plan.edits):
+        work.notes.append("no edit starts fitted: the calibration images were not used")
     work.calibration, work.measured = fitted_edits(work.model, work.edited, work.plan, work.images)
     check_fits_well(work.calibration, work.max_nmse)
 
@@ -317,7 +319,9 @@ def rule_files(rules: Any) -> tuple[RuleFile, ...]:
     if isinstance(rules, Rule):
         return (load_rules(RuleFile(version=1, rules=[rules])),)
     if isinstance(rules, (list, tuple)):
-        if rules and all(isinstance(r, Rule) for r in rules):
+        if not rules:
+            raise RuleError("the list of rules is empty", fix="give a name, a path, a dict or Rule objects")
+        if all(isinstance(r, Rule) for r in rules):
             return (load_rules(RuleFile(version=1, rules=list(rules))),)
         return tuple(f for r in rules for f in rule_files(r))
     return (load_rules(rules),)

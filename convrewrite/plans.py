@@ -174,7 +174,8 @@ class Plan:
         try:
             data = json.loads(text)
         except ValueError as error:
-            raise PlanError(f"not a plan: {error}", where=where) from None
+            fix = "make it with 'convrewrite plan --out'"
+            raise PlanError(f"not a plan: {error}", where=where, fix=fix) from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise PlanError(f"not a plan of format {FORMAT}", where=where, fix="make it with 'convrewrite plan --out'")
         try:

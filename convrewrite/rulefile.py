@@ -119,8 +119,17 @@ def _find(source: str | Path, folder: Path) -> Path:
         pass
     if stem in known:
         return Path(_builtins().path(stem))
-    fix = closest(stem, known) or f"give a path, or one of the built-in files: {', '.join(known)}"
+    fix = _using(stem) or closest(stem, known) or f"give a path, or one of the built-in files: {', '.join(known)}"
     raise RuleError(f"no rule file '{printable(text)}'", fix=fix)
+
+
+def _using(block: str) -> str | None:
+    """The built-in files that put a block of that name in, for a block that was given where a rule file belongs."""
+    used = []
+    for name in builtin_names():
+        actions = [rule.replace or rule.insert for rule in load_rules(name).rules]
+        used += [name] if any(action and action.block == block for action in actions) else []
+    return f"that is a block, used by the rule files {', '.join(used)}" if used else None
 
 
 def _load_path(path: Path, chain: tuple[Path, ...]) -> RuleFile:

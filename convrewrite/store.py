@@ -219,7 +219,8 @@ def _original(recipe: Mapping[str, Any], base: nn.Module | Callable[[], nn.Modul
 def _read(place: Path) -> tuple[dict[str, Any], Plan]:
     """Recipe and plan of a saved folder, checked against each other."""
     if not (place / _RECIPE).is_file():
-        raise StoreError(f"this is no saved model (no {_RECIPE})", where=str(place))
+        fix = "save one with 'convrewrite apply MODEL --rules R --out DIR'"
+        raise StoreError(f"this is no saved model (no {_RECIPE})", where=str(place), fix=fix)
     for name in (_PLAN, _TENSORS):
         if not (place / name).is_file():
             raise StoreError(f"{name} is missing", where=str(place), fix="save the model again")
@@ -276,7 +277,7 @@ def check_target(folder: str | Path, *, overwrite: bool) -> None:
         held = f"holds '{foreign[0]}'" if foreign else "is not empty"
         raise StoreError(f"the folder {held}, which convrewrite did not write", where=str(place), fix="name another")
     if not overwrite:
-        raise StoreError("a model is saved there already", where=str(place), fix="name another folder, or overwrite")
+        raise StoreError("a model is saved there already", where=str(place), fix="name another folder, or --overwrite")
 
 
 def _written(place: Path) -> set[str]:

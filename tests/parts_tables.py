@@ -66,7 +66,7 @@ def _fpn(levels: range) -> dict[Key, int]:
 
 @dataclass(frozen=True)
 class Dense:
-    """One model: a torchvision name, or one of `nets.py` in capitals.
+    """One model: a torchvision name, one with its source before a colon, or a small network of the test in capitals.
 
     Attributes:
         sites: some of them, path -> (part, role, stage). other: convolutions that are not 2-D, op -> number.
@@ -275,5 +275,156 @@ TABLES = [
         },
         {},
         32,
+    ),
+    Dense(
+        "res2net",
+        # timm/models/res2net.py: ResNet-50's layout; the 3x3 is three of a quarter of the width, between the two 1x1.
+        "timm:res2net50_26w_4s",
+        {k: n * (3 if k[1] == "bottleneck_spatial" else 1) for k, n in RESNET50.items()},
+        {
+            "layer1.0.convs.0": ("backbone", "bottleneck_spatial", 1),
+            "layer3.5.convs.2": ("backbone", "bottleneck_spatial", 3),
+            "layer4.0.downsample.0": ("backbone", "downsample", 4),
+        },
+    ),
+    Dense(
+        "resnest",
+        # timm/models/resnest.py: a deep stem of three; one bottleneck in each stage with a 3x3 in two groups and a gate
+        # of two over them; strides are average poolings, so that all four projections have stride 1.
+        "timm:resnest14d",
+        {("backbone", "stem", 0): 3}
+        | {
+            ("backbone", role, stage): n
+            for stage in range(1, 5)
+            for role, n in {"bottleneck_spatial": 1, "pointwise": 2, "se": 2, "shortcut": 1}.items()
+        },
+        {
+            "layer2.0.conv2.conv": ("backbone", "bottleneck_spatial", 2),
+            "layer2.0.conv2.fc1": ("backbone", "se", 2),
+            "layer2.0.downsample.1": ("backbone", "shortcut", 2),
+        },
+    ),
+    Dense(
+        "hrnet",
+        # timm/models/hrnet.py: two strided 3x3; a bottleneck with a projection at 56 px. Branches at 56, 28, 14, 7 px
+        # with two basic blocks each: two branches, then three, then four. What carries maps between branches: 1x1 from
+        # branch j up to i (transition of its own size j), chains of strided 3x3 down (downsample of the size that each
+        # gives). Head: a bottleneck with a projection on each branch, three strided 3x3 down, and a last 1x1.
+        "timm:hrnet_w18_small",
+        {
+            ("backbone", "stem", 0): 2,
+            ("backbone", "bottleneck_spatial", 1): 2,
+            ("backbone", "pointwise", 1): 4,
+            ("backbone", "shortcut", 1): 2,
+            ("backbone", "basic_spatial", 1): 12,
+            ("backbone", "transition", 1): 1,  # transition1.0
+            ("backbone", "bottleneck_spatial", 2): 1,
+            ("backbone", "pointwise", 2): 2,
+            ("backbone", "shortcut", 2): 1,
+            ("backbone", "basic_spatial", 2): 12,
+            ("backbone", "transition", 2): 1 + 1 + 1,  # one in each fusion
+            ("backbone", "downsample", 2): 1 + 1 + 2 + 3 + 1,  # transition1.1, three fusions, head
+            ("backbone", "bottleneck_spatial", 3): 1,
+            ("backbone", "pointwise", 3): 2,
+            ("backbone", "shortcut", 3): 1,
+            ("backbone", "basic_spatial", 3): 8,
+            ("backbone", "transition", 3): 2 + 2,
+            ("backbone", "downsample", 3): 1 + 2 + 4 + 1,  # transition2.2, two fusions, head
+            ("backbone", "bottleneck_spatial", 4): 1,
+            ("backbone", "pointwise", 4): 2,
+            ("backbone", "shortcut", 4): 1,
+            ("backbone", "basic_spatial", 4): 4,
+            ("backbone", "transition", 4): 3,
+            ("backbone", "downsample", 4): 1 + 3 + 1,  # transition3.3, one fusion, head
+            ("head", "head", 4): 1,
+        },
+        {
+            "transition1.0.0": ("backbone", "transition", 1),
+            "transition1.1.0.0": ("backbone", "downsample", 2),
+            "stage3.0.fuse_layers.0.2.0": ("backbone", "transition", 3),
+            "stage4.0.fuse_layers.3.0.1.0": ("backbone", "downsample", 3),
+            "stage4.0.branches.3.1.conv2": ("backbone", "basic_spatial", 4),
+            "downsamp_modules.2.0": ("backbone", "downsample", 4),
+            "final_layer.0": ("head", "head", 4),
+        },
+    ),
+    Dense(
+        "c2f",
+        # ultralytics/cfg/models/v8/yolov8.yaml at depth 1/3: C2f of 1, 2, 2, 1 residual pairs of 3x3, between two 1x1;
+        # the first 1x1 comes before the first block. The last 1x1 of SPPF narrows the map that is enlarged. The neck's
+        # four C2f have one pair without a skip each. Detect: two towers of 3x3, 3x3, 1x1 on three levels, and dfl.
+        "ultralytics:yolov8n",
+        {
+            ("backbone", "stem", 0): 3,
+            ("backbone", "basic_spatial", 1): 2,
+            ("backbone", "transition", 1): 1,
+            ("backbone", "basic_spatial", 2): 4,
+            ("backbone", "transition", 2): 2,
+            ("backbone", "downsample", 2): 1,
+            ("backbone", "basic_spatial", 3): 4,
+            ("backbone", "transition", 3): 2,
+            ("backbone", "downsample", 3): 1,
+            ("backbone", "basic_spatial", 4): 2,
+            ("backbone", "transition", 4): 3,
+            ("backbone", "downsample", 4): 1,
+            ("neck", "basic_spatial", 2): 2,
+            ("neck", "pointwise", 2): 2,
+            ("neck", "basic_spatial", 3): 4,
+            ("neck", "pointwise", 3): 4,
+            ("neck", "downsample", 3): 1,
+            ("neck", "basic_spatial", 4): 2,
+            ("neck", "pointwise", 4): 3,
+            ("neck", "downsample", 4): 1,
+            ("head", "head", 4): 19,
+        },
+        {
+            "model.4.cv1.conv": ("backbone", "transition", 2),
+            "model.4.m.1.cv2.conv": ("backbone", "basic_spatial", 2),
+            "model.9.cv2.conv": ("neck", "pointwise", 4),
+            "model.16.conv": ("neck", "downsample", 3),
+            "model.22.cv2.0.0.conv": ("head", "head", 4),
+            "model.22.dfl.conv": ("head", "head", 4),
+        },
+        size=640,
+    ),
+    Dense(
+        "csp",
+        # ultralytics/cfg/models/v5/yolov5.yaml at depth 1/3: C3 of 1, 2, 3, 1 residual pairs of 1x1, 3x3 on one of two
+        # arms, each arm with a 1x1, one more after the join. In the neck a 1x1 before each enlarging; four C3 of one
+        # pair without a skip; Detect as in YOLOv8.
+        "ultralytics:yolov5n",
+        {
+            ("backbone", "stem", 0): 2,
+            ("backbone", "basic_spatial", 1): 1,
+            ("backbone", "pointwise", 1): 3,
+            ("backbone", "transition", 1): 1,
+            ("backbone", "basic_spatial", 2): 2,
+            ("backbone", "pointwise", 2): 4,
+            ("backbone", "transition", 2): 1,
+            ("backbone", "downsample", 2): 1,
+            ("backbone", "basic_spatial", 3): 3,
+            ("backbone", "pointwise", 3): 5,
+            ("backbone", "transition", 3): 1,
+            ("backbone", "downsample", 3): 1,
+            ("backbone", "basic_spatial", 4): 1,
+            ("backbone", "pointwise", 4): 3,
+            ("backbone", "transition", 4): 3,  # and the two of SPPF
+            ("backbone", "downsample", 4): 1,
+            ("neck", "basic_spatial", 2): 1,
+            ("neck", "pointwise", 2): 4,
+            ("neck", "basic_spatial", 3): 2,
+            ("neck", "pointwise", 3): 9,
+            ("neck", "downsample", 3): 1,
+            ("neck", "basic_spatial", 4): 1,
+            ("neck", "pointwise", 4): 5,
+            ("neck", "downsample", 4): 1,
+            ("head", "head", 4): 19,
+        },
+        {
+            "model.2.cv1.conv": ("backbone", "pointwise", 1),
+            "model.2.cv3.conv": ("backbone", "transition", 1),
+            "model.10.conv": ("neck", "pointwise", 4),
+        },
+        size=640,
     ),
 ]

@@ -81,6 +81,13 @@ def test_an_untraceable_block_stays_opaque_and_its_parts_are_captured() -> None:
     assert {r.prefix for r in captured.regions} == {"", "block.conv", "block.inner"}
 
 
+def test_what_replaced_a_convolution_directly_inside_an_opaque_module_is_still_its_site() -> None:
+    rule = {"id": "all", "match": {"kernel": 3}, "replace": {"block": "sasa_wide"}}
+    new, report = cr.rewrite(Opaque(), {"version": 1, "name": "opaque", "rules": [rule]}, example=SHAPE)
+    assert [e.path for e in report.plan.edits].count("block.conv") == 1
+    assert next(s for s in cr.inspect(new, example=SHAPE) if s.path == "block.conv").rewritten == "opaque/all"
+
+
 def test_a_head_that_exists_only_in_train_mode_is_a_site() -> None:
     roles = {s.path: s.role for s in cr.inspect(TwoOutputs(), example=SHAPE)}
     assert roles["aux"] == "head"

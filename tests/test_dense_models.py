@@ -56,7 +56,7 @@ def build(name: str) -> nn.Module:
 
 
 def rules(parts: tuple[str, ...]) -> dict[str, Any]:
-    """One 3x3 of each part becomes ACmix; what stands behind a stage of any network gets a non-local block."""
+    """One 3x3 of each part becomes ACmix; behind the backbone's last 1x1 comes a non-local block."""
     found: list[dict[str, Any]] = [
         {
             "id": part,
@@ -69,8 +69,8 @@ def rules(parts: tuple[str, ...]) -> dict[str, Any]:
     ]
     inserted = {
         "id": "tail",
-        "match": {"part": "backbone", "kernel": 1, "stage": {"from_end": 1}},
-        "pick": {"first": 1},
+        "match": {"part": "backbone", "kernel": 1},
+        "pick": {"last": 1},
         "insert": {"block": "non_local", "after": "here"},
     }
     return {"version": 1, "name": "dense", "rules": [*found, inserted]}
@@ -96,16 +96,19 @@ def check_prediction(name: str, output: Any) -> None:
     elif name.startswith("raft"):
         assert len(output) == 12 and output[-1].shape == (2, 2, 128, 128)
     else:
-        (found,) = output
+        found = output[0]
         keys = {"boxes", "labels", "scores"} | ({"masks"} if name.startswith("mask") else set())
         assert set(found) == keys
         assert found["boxes"].shape == (len(found["labels"]), 4)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.big) if n == "ssd300_vgg16" else n for n in MODELS])
 def test_every_part_is_rewritten_with_the_laws_held_and_trains_and_predicts(name: str) -> None:
     model = build(name)
     shape = SMALL if name in ("deeplabv3_resnet50", "lraspp_mobilenet_v3_large") else SHAPE
+    shape = (
+        (2, *SHAPE[1:]) if name.startswith("ssdlite") else shape
+    )  # its last maps have one pixel, too few for one image
     new, report = cr.rewrite(model, rules(MODELS[name][1]), example=shape)
     assert report.ok and all(law.status == "held" for law in report.laws)
     assert {d.mode: d.max_relative for d in report.drift} == {"eval": 0.0, "train": 0.0}

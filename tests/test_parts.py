@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import convrewrite as cr
 from convrewrite.sites import PARTS, Site
+from convrewrite.sources import resolve
 
 from .nets import Bottleneck, Residual
 from .parts_tables import TABLES, Dense
@@ -70,6 +71,9 @@ def sites_of(table: Dense) -> tuple[Site, ...]:
         warnings.simplefilter("ignore")
         if table.model in NETS:
             return cr.inspect(NETS[table.model](), example=(1, 3, table.size, table.size))
+        if ":" in table.model:
+            pytest.importorskip(table.model.partition(":")[0])
+            return cr.inspect(resolve(table.model, meta=True).model, example=(1, 3, table.size, table.size))
         options = {} if table.model.startswith("raft") else {"weights_backbone": None}
         with torch.device("meta"):
             model = torchvision.models.get_model(table.model, weights=None, **options)

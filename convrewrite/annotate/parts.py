@@ -6,6 +6,7 @@ FPN's top, a U-Net's lowest level), or that a pooled and enlarged copy of itself
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ class Layout:
         bottom: the encoder's last node; None if the region is all encoder, or has none.
         pyramid: True if the region gives feature maps of several resolutions.
         merges: nodes that join an enlarged map with a larger one, as bits of the flow.
+        towers: where results are made from maps of several resolutions, the lines of nodes that make them, as bits.
     """
 
     flow: Flow
@@ -34,6 +36,7 @@ class Layout:
     bottom: fx.Node | None = None
     pyramid: bool = False
     merges: int = 0
+    towers: int = 0
 
     def part(self, node: fx.Node) -> str:
         """ "backbone", "neck" or "head"; in a region without a neck everything is backbone, whatever its role says."""
@@ -44,14 +47,16 @@ class Layout:
         if self.pyramid:
             return "neck"
         bit = 1 << self.flow.index[node]
+        if self.towers & bit:
+            return "head"
         followed = any(self.flow.raw[c] & bit for c in self.convs if c in self.flow.index)
         return "neck" if self.merges and followed else "head"
 
 
 def layout(flow: Flow, convs: Mapping[fx.Node, ConvSpec]) -> Layout:
     """Where the encoder of one region ends."""
-    areas = {area(flow, o) for o in flow.outputs if area(flow, o)}
-    pyramid = len(areas) > 1
+    areas = {area(flow, o) for o in flow.outputs}
+    pyramid = len(areas) > 1 and all(areas)
     candidates: list[tuple[int, int, fx.Node, fx.Node, bool]] = []
     for node in flow.nodes:
         if _enlarges(flow, node) and _joined_with_larger(flow, node):
@@ -67,7 +72,37 @@ def layout(flow: Flow, convs: Mapping[fx.Node, ConvSpec]) -> Layout:
     for _, _, node, _, pooled in candidates:
         if not pooled:
             merges |= flow.bits(_joins(flow, node))
-    return Layout(flow, convs, bottom, pyramid, merges)
+    return Layout(flow, convs, bottom, pyramid, merges, _towers(flow, convs))
+
+
+def _towers(flow: Flow, convs: Mapping[fx.Node, ConvSpec]) -> int:
+    """From every last map that is flattened into a result up to the map that something else reads too (YOLO's heads).
+
+    Nothing where all results come from one resolution. A convolution over the flattened results (YOLO's ``dfl``)
+    works on no map: its resolution is none of the others'.
+    """
+    known = [c for c in convs if c in flow.index and area(flow, c)]
+    often = Counter(area(flow, c) for c in known)
+    ends = []
+    for conv in known:
+        after = [c for c in known if _above(flow, conv, c)]
+        if often[area(flow, conv)] > 1 and all(often[area(flow, c)] == 1 for c in after) and _flattened(flow, conv):
+            ends.append(conv)
+    if len({area(flow, c) for c in ends}) < 2:
+        return 0
+    readers = Counter(source for sources in flow.sources.values() for source in sources)
+    towers = 0
+    for node in ends:
+        towers |= 1 << flow.index[node]
+        while len(flow.sources[node]) == 1 and readers[flow.sources[node][0]] == 1:
+            node = flow.sources[node][0]
+            towers |= 1 << flow.index[node]
+    return towers
+
+
+def _flattened(flow: Flow, conv: fx.Node) -> bool:
+    """True if something below gives tensors that are no feature maps."""
+    return any(not area(flow, node) for node in flow.nodes if _above(flow, conv, node))
 
 
 def area(flow: Flow, node: fx.Node | None) -> int:

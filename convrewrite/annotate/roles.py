@@ -80,7 +80,7 @@ def assign(region: Region, convs: Convs, kind: str = "whole") -> Assigned:
     whole = kind == "whole" and found.bottom is None
     if segments.blocks:
         _roles_of_blocks(encoder, segments, convs, facts)
-        _roles_of_loose(segments, convs, facts, after="head" if whole else "transition")
+        _roles_of_loose(encoder, segments, convs, facts, after="head" if whole else "transition")
     else:
         _roles_of_chain(segments, convs, facts, first="stem" if kind in ("whole", "backbone") else "")
     for node, fact in facts.items():
@@ -142,7 +142,8 @@ def _neck_blocks(flow: Flow, assigned: Assigned, neck: set[fx.Node]) -> list[Blo
     left = flow.bits(neck)
     spans = []
     for node in flow.nodes:
-        if len(flow.inputs.get(node, ())) > 1 and not assigned.layout.merges >> flow.index[node] & 1:
+        several = len(flow.inputs.get(node, ())) > 1 and _area(assigned.region, node)
+        if several and not assigned.layout.merges >> flow.index[node] & 1:
             span = nested_residual(flow, node, None, left)
             if span is not None:
                 spans.append(span)
@@ -174,7 +175,7 @@ def _body_role(flow: Flow, node: fx.Node, span: BlockSpan, convs: Convs) -> str:
     return "bottleneck_spatial" if before and after else "basic_spatial"
 
 
-def _roles_of_loose(segments: Segments, convs: Convs, facts: dict[fx.Node, Facts], *, after: str) -> None:
+def _roles_of_loose(flow: Flow, segments: Segments, convs: Convs, facts: dict[fx.Node, Facts], *, after: str) -> None:
     """Convolutions on the trunk: stem before the first block, head after the last, the rest between.
 
     Args:
@@ -182,12 +183,14 @@ def _roles_of_loose(segments: Segments, convs: Convs, facts: dict[fx.Node, Facts
     """
     places = [i for i, item in enumerate(segments.items) if isinstance(item, BlockSpan)]
     first, last = places[0], places[-1]
+    end = segments.blocks[-1].exit
+    below = {n for n in facts if n in flow.index and end is not None and flow.ancestors[n] >> flow.index[end] & 1}
     for i, item in enumerate(segments.items):
         if isinstance(item, BlockSpan):
             continue
         if i < first:
             facts[item].role = "stem"
-        elif i > last:
+        elif i > last and item in below:  # not beside it (HRNet's last downsampling)
             facts[item].role = after
         elif max(convs[item].stride) > 1:
             facts[item].role = "downsample"
@@ -248,11 +251,26 @@ def _loose_stages(
         if role == "stem":
             facts[item].stage = 0
         elif role == "downsample":
-            after = next((s for s in segments.items[i:] if isinstance(s, BlockSpan)), None)
-            facts[item].stage = stage_of[id(after)] if after is not None else last
+            nearest = [s for s in segments.items[i:] if isinstance(s, BlockSpan)]
+            facts[item].stage = _stage_of_size(region, item, nearest, segments, stage_of, last)
         elif role == "transition":
-            before = next((s for s in reversed(segments.items[:i]) if isinstance(s, BlockSpan)), None)
-            facts[item].stage = stage_of[id(before)] if before is not None else 1
+            nearest = [s for s in reversed(segments.items[:i]) if isinstance(s, BlockSpan)]
+            facts[item].stage = _stage_of_size(region, item, nearest, segments, stage_of, 1)
+
+
+def _stage_of_size(
+    region: Region,
+    node: fx.Node,
+    nearest: list[BlockSpan],
+    segments: Segments,
+    stage_of: dict[int, int],
+    otherwise: int,
+) -> int:
+    """The stage of the nearest block that ends at the node's resolution; where none does, of the nearest at all."""
+    own = _area(region, node)
+    same = (span for span in (*nearest, *segments.blocks) if _area(region, span.exit) == own)
+    found = next(same, nearest[0] if nearest else None)
+    return stage_of[id(found)] if found is not None else otherwise
 
 
 def _chain_stages(region: Region, segments: Segments, facts: dict[fx.Node, Facts]) -> None:

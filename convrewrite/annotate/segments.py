@@ -7,11 +7,12 @@ that belong to no block stay loose: they are the stem, transitions, downsampling
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx
 
 from convrewrite.annotate.flow import Flow
-from convrewrite.annotate.kinds import is_add, is_pool, kind, stood_for
+from convrewrite.annotate.kinds import is_add, is_feature, is_pool, kind, stood_for
 from convrewrite.sites import ConvSpec
 
 
@@ -67,15 +68,30 @@ def _region_blocks(
     if len(cats) > 1 and all(entry in flow.inputs[c] for c in cats):
         return _dense_layers(flow, cats, between)
     blocks: list[BlockSpan | fx.Node] = []
-    left = between
+    left = between & flow.conv_bits
     for join in inner:
         nested = nested_residual(flow, join, entry, left)
         if nested is not None:
             blocks.append(nested)
             left &= ~flow.bits([*nested.body, *nested.skip])
-    if left & flow.conv_bits:
+    rest = list(flow.members(left))
+    plain = not any(is_depthwise(convs[c]) for c in rest)
+    if blocks and plain and len({_pixels(flow, c) for c in rest}) > 1 and _enlarged(flow, between):
+        blocks += rest  # they carry maps between branches of several resolutions (HRNet)
+    elif left:
         blocks.append(_block(flow, entry, exit_, left))
-    return sorted(blocks, key=lambda b: flow.index[b.exit] if isinstance(b, BlockSpan) and b.exit else 0)
+    return sorted(blocks, key=lambda b: flow.index[(b.exit or entry) if isinstance(b, BlockSpan) else b])
+
+
+def _enlarged(flow: Flow, between: int) -> bool:
+    """True if a node puts out a larger feature map than it takes."""
+    pairs = ((n, s) for n in flow.members(between) for s in flow.inputs.get(n, ()) if len(flow.inputs[n]) == 1)
+    return any(_pixels(flow, n) > _pixels(flow, s) > 0 for n, s in pairs)
+
+
+def _pixels(flow: Flow, node: fx.Node) -> int:
+    shape: Any = flow.region.shapes.get(node)
+    return shape[2] * shape[3] if is_feature(shape) else 0
 
 
 def nested_residual(flow: Flow, join: fx.Node, entry: fx.Node | None, left: int) -> BlockSpan | None:
@@ -88,14 +104,21 @@ def nested_residual(flow: Flow, join: fx.Node, entry: fx.Node | None, left: int)
     if not common:
         return None
     start = flow.nodes[common.bit_length() - 1]
-    if start is entry or kind(flow.region, start) in ("getitem", "chunk", "split"):
+    arm = kind(flow.region, start) == "getitem" and start not in flow.inputs[join]
+    if start is entry or arm or kind(flow.region, start) in ("chunk", "split"):
         return None
-    body = flow.ancestors[join] & ~flow.upto(start) & left
-    if not body & flow.conv_bits:
+    inside = flow.ancestors[join] & ~flow.upto(start)
+    body = inside & left
+    if not body & flow.conv_bits or not _one_entry(flow, start, inside):
         return None
     block = _block(flow, start, join, body)
     plain = any(not flow.upto(s) & ~flow.upto(start) & flow.conv_bits for s in flow.inputs[join])
     return block if block.body and (plain or block.skip) else None
+
+
+def _one_entry(flow: Flow, start: fx.Node, inside: int) -> bool:
+    """True if nothing but `start` leads in: a sum of maps that came different ways is no block (HRNet's fusions)."""
+    return all(s is start or inside >> flow.index[s] & 1 for n in flow.members(inside) for s in flow.inputs.get(n, ()))
 
 
 def _block(flow: Flow, entry: fx.Node, exit_: fx.Node, between: int) -> BlockSpan:
@@ -180,11 +203,12 @@ def _straight_blocks(
 ) -> list[BlockSpan | fx.Node]:
     """Templates on runs of loose convolutions: [1x1] depthwise 1x1, and spatial 1x1 after the first block."""
     result: list[BlockSpan | fx.Node] = []
+    trunk = set(flow.cuts)
     i, begun = 0, False
     while i < len(items):
         run: list[fx.Node] = []
         for item in items[i : i + 3]:
-            if isinstance(item, BlockSpan) or (run and not _joined(flow, run[-1], item)):
+            if isinstance(item, BlockSpan) or item not in trunk or (run and not _joined(flow, run[-1], item)):
                 break
             run.append(item)
         size = _template([convs[n] for n in run], after_block=begun and not _predicts(flow, run))

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from convrewrite.blocks.base import Block, BlockOptions, register_block
 from convrewrite.blocks.centres import at_centres
+from convrewrite.blocks.held import check_conv
 from convrewrite.blocks.relative import holds_logits, relative_attention, streamed_width
+from convrewrite.blocks.relative_tiles import tile_elements
+from convrewrite.errors import ConvrewriteError
 from convrewrite.sites import ConvSpec, Cost, Place
 
 FLOAT_BYTES = 4
@@ -40,6 +43,11 @@ class AAConvOptions(BlockOptions):
         default="last",
         description="which output channels come from attention: the last, or those that a fitted start gives up",
     )
+    form: Literal["concat", "residual"] = Field(
+        default="concat",
+        description="attention takes the place of output channels, or is added to the last of a whole convolution, "
+        "which an exact start then holds",
+    )
 
 
 @register_block("aa_conv")
@@ -66,13 +74,20 @@ class AAConv(Block):
     outputs "chosen": the channels are put in another order afterwards, kept in the buffer `order` (C_out,); it starts
     as the order above, and a fitted start chooses which channels the attention is to take over.
 
+    form "residual" (not the paper's): the convolution keeps all its channels, and attention is added to the last d_v,
+
+        y = conv(x) + [ 0, W_o [head_1 .. head_N] ]        conv with C_out channels and the bias, W_o without one
+
+    `load_conv` takes the convolution over and sets W_o = 0: the convolution exactly, with a gradient into W_o.
+
     Shape:
         (B, C_in, H, W) -> (B, C_out, Ho, Wo), the size the convolution gives; below, h x w = Ho x Wo, or
         ceil(Ho / 2) x ceil(Wo / 2) with pool 2, and L = hw. rH and rW have the h x w of the planned size.
 
     Parameters:
         (C_out - d_v) C_in k^2 / groups + C_in (2 d_k + d_v) + d_v^2 + (2h + 2w - 2) d_k / N    (+ C_out with a bias)
-        no rH, rW unless relative; C_in + 3 in place of C_in in the second term with absolute
+        no rH, rW unless relative; C_in + 3 in place of C_in in the second term with absolute; C_out in place of
+        C_out - d_v in the first with residual, here and below
 
     FLOPs (2 per multiply-add; softmax, pooling, interpolation and elementwise work are not counted, and q . r once for
     each row and column, as it depends on no more):
@@ -103,11 +118,12 @@ class AAConv(Block):
         assert place.conv is not None  # refuse() said so
         self.spec = spec = place.conv
         self.keys, self.values = _widths(spec, options)
-        rest = self.out_channels - self.values
+        rest = _kept_channels(spec, options)
         self.conv_out = _convolution(spec, rest) if rest else None
         extra = COORDINATES if options.position == "absolute" else 0
         self.qkv_conv = nn.Conv2d(self.in_channels + extra, 2 * self.keys + self.values, 1, bias=False)
-        self.attn_out = nn.Conv2d(self.values, self.values, 1, bias=spec.bias)
+        own_bias = spec.bias and options.form == "concat"  # else the convolution has it for all channels
+        self.attn_out = nn.Conv2d(self.values, self.values, 1, bias=own_bias)
         self.order: Tensor | None = None
         if options.outputs == "chosen":
             del self.order
@@ -132,23 +148,54 @@ class AAConv(Block):
         rest = conv.out_channels - values
         if rest < 0:
             return f"{conv.out_channels} output channels, {options.heads} heads need at least one each"
-        if rest % conv.groups:
+        if options.form == "residual" and options.outputs == "chosen":
+            return "outputs chosen has nothing to give up in the form residual (wanted: last)"
+        if options.form == "concat" and rest % conv.groups:
             return f"{rest} channels beside the {values} of attention, not divisible by {conv.groups} groups"
         height, width = conv.out_size(*place.in_shape[2:])
         if height < 1 or width < 1:
             return f"the convolution's output is empty ({height} x {width})"
         return None
 
+    @classmethod
+    def holds(cls, place: Place, options: BlockOptions) -> bool:
+        assert isinstance(options, AAConvOptions)
+        return options.form == "residual"
+
+    def load_conv(self, conv: nn.Conv2d) -> None:
+        """Become `conv`, in the form "residual": its weights as they are, and W_o = 0.
+
+        Queries, keys, values and tables have no gradient until W_o has left zero, after one step.
+
+        Raises:
+            ConvrewriteError: `conv` is not the convolution that the block was built for, or the form is "concat".
+        """
+        check_conv(self, conv, self.spec)
+        if self.options.form != "residual" or self.conv_out is None:
+            raise ConvrewriteError(f"aa_conv of the form {self.options.form} cannot hold a convolution")
+        with torch.no_grad():
+            self.conv_out.weight.copy_(conv.weight)
+            if self.conv_out.bias is not None and conv.bias is not None:
+                self.conv_out.bias.copy_(conv.bias)
+            self.attn_out.weight.zero_()
+
     def forward(self, x: Tensor) -> Tensor:
         channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         att = self._attention(x)  # (B, d_v, Ho, Wo)
-        y = att if self.conv_out is None else torch.cat([self._convolution(x, self.conv_out), att], 1)
+        y = att if self.conv_out is None else self._joined(self._convolution(x, self.conv_out), att)
         if self.order is not None:
             y = y.index_select(1, self.order)
         return y if channels_last else y.contiguous()
 
+    def _joined(self, y: Tensor, att: Tensor) -> Tensor:
+        """The two halves side by side, or attention on top of the last channels, (B, C_out, Ho, Wo)."""
+        if self.options.form == "residual":
+            rest = self.out_channels - self.values
+            y, att = y[:, :rest], y[:, rest:] + att
+        return torch.cat([y, att], 1)
+
     def _convolution(self, x: Tensor, conv: nn.Conv2d) -> Tensor:
-        """The convolution's half, (B, C_out - d_v, Ho, Wo)."""
+        """The convolution's half, (B, C_out - d_v, Ho, Wo), with all C_out channels in the form residual."""
         if _uneven(self.spec):
             mode = "constant" if self.spec.padding_mode == "zeros" else self.spec.padding_mode
             x = F.pad(x, self.spec.padding, mode=mode)
@@ -187,7 +234,7 @@ class AAConv(Block):
         positions, outputs = height * width, math.prod(place.out_shape[2:])
         relative = options.position == "relative"
         c_att = c_in + (COORDINATES if options.position == "absolute" else 0)
-        taps = (conv.out_channels - values) * c_in * math.prod(conv.kernel) // conv.groups
+        taps = _kept_channels(conv, options) * c_in * math.prod(conv.kernel) // conv.groups
         params = taps + c_att * (2 * keys + values) + values**2 + (conv.out_channels if conv.bias else 0)
         flops = 2 * c_att * (2 * keys + values) + 2 * positions * (keys + values) + 2 * values**2
         if relative:
@@ -197,8 +244,8 @@ class AAConv(Block):
         return Cost(
             params=params,
             flops=batch * (outputs * 2 * taps + positions * flops),
-            act_infer=FLOAT_BYTES * batch * infer,
-            act_train=FLOAT_BYTES * batch * train,
+            act_infer=FLOAT_BYTES * infer,
+            act_train=FLOAT_BYTES * train,
         )
 
 
@@ -241,6 +288,11 @@ def _widths(conv: ConvSpec, options: AAConvOptions) -> tuple[int, int]:
     return heads * key, heads * max(1, _share(options.upsilon, conv.out_channels, heads))
 
 
+def _kept_channels(conv: ConvSpec, options: AAConvOptions) -> int:
+    """Output channels of the block's own convolution."""
+    return conv.out_channels - (_widths(conv, options)[1] if options.form == "concat" else 0)
+
+
 def _share(share: float, channels: int, heads: int) -> int:
     """floor(share channels / heads), of the share as it is written: 0.3 of 10 is 3, though 0.3 * 10 may be less."""
     return math.floor(round(share * channels, 6)) // heads
@@ -259,8 +311,9 @@ def _uneven(spec: ConvSpec) -> bool:
 
 
 def _activations(place: Place, options: AAConvOptions) -> tuple[int, int]:
-    """Elements alive at once in inference and kept for the backward pass, for one image."""
+    """Elements alive at once in inference and kept for the backward pass."""
     assert place.conv is not None
+    batch, tile = place.in_shape[0], 0
     heads, c_in, c_out = options.heads, place.in_shape[1], place.conv.out_channels
     keys, values = _widths(place.conv, options)
     height, width = _attended(place, options)
@@ -269,10 +322,14 @@ def _activations(place: Place, options: AAConvOptions) -> tuple[int, int]:
     joined = 2 * (keys + heads * extra)  # q and k with their position terms
     if holds_logits(positions, keys // heads):
         peak = joined + heads * positions + max(heads * positions, 2 * values)
-        kept = joined + heads * positions + values
+        kept = joined + heads * positions + values + (2 * keys if extra else 0)
+    elif extra:
+        peak = kept = 2 * keys + 2 * values + heads
+        tile = tile_elements(heads * batch, (height, width))
     else:
         peak = kept = heads * (4 * streamed_width(keys // heads + extra, values // heads) + 1)
+    added = values if options.form == "residual" else 0  # attention, and its sum with the last channels
     own = c_in if options.position == "absolute" or options.pool == 2 else 0  # a map of the attention's own
     peak += 2 * keys + values + own
-    kept += c_in + values + (2 * keys if extra else 0)
-    return max(positions * peak, outputs * 2 * c_out), positions * kept
+    kept += c_in + values
+    return max(batch * positions * peak + tile, batch * outputs * 2 * (c_out + added)), batch * positions * kept

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from convrewrite.blocks.base import Block, BlockOptions, register_block
 from convrewrite.blocks.pooled import pooled_grid
-from convrewrite.blocks.relative import holds_logits, relative_attention, streamed_width
+from convrewrite.blocks.relative import holds_logits, relative_attention
+from convrewrite.blocks.relative_tiles import tile_elements
 from convrewrite.sites import Cost, Place
 
 FLOAT_BYTES = 4
@@ -136,8 +137,8 @@ class MHSA(Block):
         return Cost(
             params=3 * c_in * c_out + (2 * rows + 2 * columns - 2) * dim + (c_out if place.conv.bias else 0),
             flops=batch * positions * flops,
-            act_infer=FLOAT_BYTES * batch * infer,
-            act_train=FLOAT_BYTES * batch * train,
+            act_infer=FLOAT_BYTES * infer,
+            act_train=FLOAT_BYTES * train,
         )
 
 
@@ -154,8 +155,9 @@ def _tables(place: Place, options: MHSAOptions) -> tuple[int, int]:
 
 
 def _activations(place: Place, options: MHSAOptions) -> tuple[int, int]:
-    """Elements alive at once in inference and kept for the backward pass, for one image."""
+    """Elements alive at once in inference and kept for the backward pass."""
     assert place.conv is not None
+    batch, tile = place.in_shape[0], 0
     channels, heads = place.conv.out_channels, options.heads
     dim = channels // heads
     height, width = _map(place)
@@ -163,9 +165,10 @@ def _activations(place: Place, options: MHSAOptions) -> tuple[int, int]:
     joined = 2 * (channels + heads * (height + width))  # q and k with their position terms
     if holds_logits(positions, dim):
         peak = joined + heads * positions + max(heads * positions, 2 * channels)
-        kept = joined + heads * positions + channels
+        kept = joined + heads * positions + 3 * channels
     else:
-        peak = kept = heads * (4 * streamed_width(dim + height + width, dim) + 1)
+        peak = kept = 4 * channels + heads
+        tile = tile_elements(heads * batch, (height, width))
     peak += 3 * channels
-    kept += place.in_shape[1] + 2 * channels + (channels if place.conv.stride != (1, 1) else 0)
-    return positions * peak, positions * kept
+    kept += place.in_shape[1] + (channels if place.conv.stride != (1, 1) else 0)
+    return batch * positions * peak + tile, batch * positions * kept

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convrewrite.blocks.relative_tiles import tile_elements, tiled_attention
+from convrewrite.blocks.relative_tiles import tiled_attention
 
 DENSE_KEYS = 64
 DENSE_PER_CHANNEL = 2
@@ -32,10 +32,11 @@ def relative_attention(
 
         y_i = sum_j softmax_j( scale q_i . (k_j + rows[j_y - i_y] + columns[j_x - i_x]) ) v_j
 
-    On CPU, large maps with both terms go in tiles of queries (`relative_tiles`). Elsewhere, under a compiler and in half
-    precision: q_i . columns[j_x - i_x] depends on j by its column alone, so the W such numbers of a query are W more
-    channels, against keys that are one-hot in their column; rows likewise (FlashBias, arXiv 2505.12044). What is left is
-    plain attention with d + H + W channels: no tensor of all pairs for large maps, and gradients without atomics.
+    On CPU, large maps with both terms go in tiles of queries (`relative_tiles`). Elsewhere, under a compiler and in
+    half precision: q_i . columns[j_x - i_x] depends on j by its column alone, so the W such numbers of a query are W
+    more channels, against keys that are one-hot in their column; rows likewise (FlashBias, arXiv 2505.12044). What is
+    left is plain attention with d + H + W channels: no tensor of all pairs for large maps, and gradients without
+    atomics.
 
     Args:
         q, k: (B, H, W, N, d). v: (B, H, W, N, dv).
@@ -47,11 +48,9 @@ def relative_attention(
         (B, H, W, N, dv). The softmax runs in float32 or wider.
     """
     batch, height, width, heads, dim = q.shape
-    exact = q.dtype in (torch.float32, torch.float64)
-    whole = exact and holds_logits(height * width, dim)
-    if exact and not whole and q.device.type == "cpu" and not torch.compiler.is_compiling():
-        if rows is not None and columns is not None:
-            return _in_tiles(q, k, v, scale, rows, columns, scale if scale_position else 1.0)
+    whole = holds_logits(height * width, dim) and q.dtype in (torch.float32, torch.float64)
+    if not whole and rows is not None and columns is not None and _takes_tiles(q):
+        return _in_tiles(q, k, v, scale, rows, columns, scale if scale_position else 1.0)
     q, k = (t.permute(0, 3, 1, 2, 4) for t in (q, k))  # (B, N, H, W, d); joining them makes the one copy needed
     terms = _position(q, rows, columns, scale if scale_position else 1.0)
     joined = dim + sum(term.shape[4] for term in terms)
@@ -98,6 +97,12 @@ def resized(table: Tensor, size: int) -> Tensor:
     return (weight @ table.to(dtype)).to(table.dtype)
 
 
+def _takes_tiles(q: Tensor) -> bool:
+    """Whether `tiled_attention` can be used. A compiler is given the plain form."""
+    narrow = q.dtype not in (torch.float32, torch.float64)
+    return q.device.type == "cpu" and not narrow and not torch.compiler.is_compiling()
+
+
 def _in_tiles(
     q: Tensor, k: Tensor, v: Tensor, scale: float, rows: Tensor, columns: Tensor, position_scale: float
 ) -> Tensor:
@@ -110,7 +115,7 @@ def _in_tiles(
     q = q.permute(0, 3, 1, 2, 4).reshape(batch * heads, height, width, dim)
     k, v = (t.permute(0, 3, 4, 1, 2).reshape(batch * heads, t.shape[4], height * width) for t in (k, v))
     out = tiled_attention(q.contiguous(), k.contiguous(), v.contiguous(), tables[0], tables[1], scale)
-    return out.view(batch, heads, height, width, -1).permute(0, 2, 3, 1, 4)
+    return out.view(batch, heads, height, width, out.shape[-1]).permute(0, 2, 3, 1, 4)
 
 
 def _position(q: Tensor, rows: Tensor | None, columns: Tensor | None, scale: float) -> list[Tensor]:

@@ -36,9 +36,13 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tens
 
 
 def tile_elements(heads: int, size: tuple[int, int]) -> int:
-    """Logits that `tiled_attention` holds at once in inference; for gradients it holds twice as many numbers."""
+    """Numbers that `tiled_attention` holds at once in inference besides arguments and result: logits and terms.
+
+    For gradients the logits count twice.
+    """
     count, rows = _steps(heads, *size)
-    return count * rows * size[1] * size[0] * size[1]
+    height, width = size
+    return count * rows * width * (height * width + 2 * (height + width))
 
 
 class _Tiled(torch.autograd.Function):
@@ -59,45 +63,30 @@ class _Tiled(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, None]:
         q, k, v, rows, columns, y, norms = ctx.saved_tensors
-        sums = tuple(torch.zeros_like(t) for t in (k, v, rows, columns))
-        to_q = torch.empty_like(q)
+        to_q, to_k, to_v, to_rows, to_columns = (torch.zeros_like(t) for t in (q, k, v, rows, columns))
         # The gradient of a logit is weight (grad . v_j - grad . y): one product, with a 1 below every v.
         ends = torch.cat([grad, (grad * y).sum(-1, keepdim=True).neg_()], -1)
         below = F.pad(v, (0, 0, 0, 1), value=1.0)
         rooms = _room(q), _room(q)
         for heads, lines in _tiles(q):
-            some = q[heads, lines]
-            weights = _logits(some, k[heads], rows[lines], columns, ctx.scale, rooms[0], norms[heads, lines]).exp_()
+            part = q[heads, lines]
+            weights = _logits(part, k[heads], rows[lines], columns, ctx.scale, rooms[0], norms[heads, lines]).exp_()
             end = ends[heads, lines].reshape(*weights.shape[:2], -1)  # (g, r*W, dv + 1)
-            sums[1][heads].baddbmm_(end[..., :-1].transpose(1, 2), weights)
+            to_v[heads].baddbmm_(end[..., :-1].transpose(1, 2), weights)
             to_logits = torch.bmm(end, below[heads], out=rooms[1][: weights.numel()].view_as(weights)).mul_(weights)
-            to_q[heads, lines] = _to_tile(to_logits, some, k[heads], rows[lines], columns, ctx.scale, lines, heads, sums)
-        return to_q, sums[0], sums[1], sums[2], sums[3], None
-
-
-def _to_tile(
-    to_logits: Tensor,
-    q: Tensor,
-    k: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    scale: float,
-    lines: slice,
-    heads: slice,
-    sums: tuple[Tensor, ...],
-) -> Tensor:
-    """The gradient of a tile's q, from that of its logits; those of k, rows and columns are added to `sums`."""
-    g, r, w, d = q.shape
-    pairs = to_logits.view(g, r, w, rows.shape[1], w)
-    by_row, by_column = pairs.sum(4), pairs.sum(3)  # (g, r, W, H), (g, r, W, W)
-    sums[0][heads].baddbmm_(q.reshape(g, r * w, d).transpose(1, 2), to_logits, alpha=scale)
-    sums[2][lines] += torch.einsum("gyxe,gyxd->yed", by_row, q)
-    sums[3].add_(torch.einsum("gyxe,gyxd->xed", by_column, q))
-    to_q = by_row @ rows + (by_column.transpose(1, 2) @ columns).transpose(1, 2)
-    return to_q.reshape(g, r * w, d).baddbmm_(to_logits, k.transpose(1, 2), alpha=scale).view(g, r, w, d)
+            queries = part.reshape(*weights.shape[:2], -1)  # (g, r*W, d)
+            to_k[heads].baddbmm_(queries.transpose(1, 2), to_logits, alpha=ctx.scale)
+            pairs = to_logits.view(*part.shape[:3], *q.shape[1:3])  # (g, r, W, H, W)
+            by_row, by_column = pairs.sum(4), pairs.sum(3)  # (g, r, W, H), (g, r, W, W)
+            to_rows[lines] += torch.einsum("gyxe,gyxd->yed", by_row, part)
+            to_columns += torch.einsum("gyxe,gyxd->xed", by_column, part)
+            to_part = by_row @ rows[lines] + (by_column.transpose(1, 2) @ columns).transpose(1, 2)
+            to_part = to_part.reshape_as(queries).baddbmm_(to_logits, k[heads].transpose(1, 2), alpha=ctx.scale)
+            to_q[heads, lines] = to_part.view_as(part)
+        return to_q, to_k, to_v, to_rows, to_columns, None
 
 
 def _logits(
@@ -116,7 +105,8 @@ def _logits(
 
 def _room(q: Tensor) -> Tensor:
     """Memory for a tile's logits, used again for every tile: fresh pages cost more than what is computed in them."""
-    return q.new_empty(tile_elements(q.shape[0], (q.shape[1], q.shape[2])))
+    heads, rows = _steps(*q.shape[:3])
+    return q.new_empty(heads * rows * q.shape[2] * q.shape[1] * q.shape[2])
 
 
 def _steps(heads: int, height: int, width: int) -> tuple[int, int]:

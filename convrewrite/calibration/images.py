@@ -178,7 +178,7 @@ def _of_folder(folder: Path, preparation: Preparation, limit: int, generator: to
         try:
             with Image.open(paths[i]) as image:
                 yield preparation.picture(image)
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, ImportError) as error:  # a plugin may be missing
+        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, ImportError) as error:  # no plugin
             first = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ConvrewriteError(
                 f"the image cannot be read: {first}", where=str(paths[i]), fix="leave it out"

@@ -28,6 +28,8 @@ SHARPNESS = 1.5
 
 def _refuse(place: Place, options: BlockOptions) -> str | None:
     assert isinstance(options, AAConvOptions) and place.conv is not None
+    if options.form == "residual":
+        return "the form residual gives no channel up (wanted: concat, or start exact)"
     if options.position != "relative":
         return f"position {options.position} cannot single out an offset (wanted: relative)"
     if options.pool != 1:

@@ -13,7 +13,7 @@ from convrewrite.report import figures
 from convrewrite.report import plancontent as content
 from convrewrite.sites import Site
 
-_WIDTH = 118
+_WIDTH = 100
 
 
 def plan_text(plan: Plan, *, verbose: bool) -> str:
@@ -45,7 +45,7 @@ def _rule_text(plan: Plan, rule: str, *, verbose: bool) -> str:
     lines = ["   ".join([figures.plain(rule), *funnels])]
     edits = [e for e in plan.edits if e.rule == rule]
     if edits:
-        lines.append(textwrap.indent(grid([_edit_row(e) for e in edits]), "  "))
+        lines += [*_common(edits), textwrap.indent(grid([_edit_row(e, edits) for e in edits]), "  ")]
     missed = content.near_misses(plan, rule)
     shown = missed if verbose else missed[: content.NEAR_MISSES]
     if shown:
@@ -61,15 +61,22 @@ def _rule_text(plan: Plan, rule: str, *, verbose: bool) -> str:
     return "\n".join(lines)
 
 
-def _edit_row(edit: Edit) -> tuple[str, ...]:
+def _common(edits: Sequence[Edit]) -> list[str]:
+    """One line for the block and the start where all edits of a rule have the same, so that rows stay short."""
+    kinds = {(content.new(e), content.start(e)) for e in edits}
+    return [f"  => {new}   {start}" for new, start in kinds] if len(edits) > 1 == len(kinds) else []
+
+
+def _edit_row(edit: Edit, edits: Sequence[Edit]) -> tuple[str, ...]:
+    own = [] if _common(edits) else [f"=> {content.new(edit)}", content.start(edit)]
     return (
         content.MARKS[edit.action],
         content.name(edit),
         content.old(edit),
-        f"=> {content.new(edit)}",
+        *own[:1],
         f"params {figures.change(edit.before.params, edit.after.params)}",
         f"FLOPs {figures.change(edit.before.flops, edit.after.flops)}",
-        content.start(edit),
+        *own[1:],
     )
 
 

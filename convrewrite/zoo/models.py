@@ -168,6 +168,9 @@ SMALLER: dict[str, tuple[str, int]] = {
     "torchvision:retinanet": (f"{_PIXELS}&{_ONE_STAGE}", 96),
     "torchvision:ssd": (_ONE_STAGE, 96),
     "torchvision:raft": ("", 128),
+    "timm:inception": ("", 139),
+    "timm:efficientvim": ("", 224),  # at 64 its last batch norms see two values each, and rounding decides their signs
+    "timm:rexnet": ("", 128),  # eight values, and 27 layers of swish behind them
 }
 """How a spec begins -> options for the builder and pixels on a side, for models that are slow or refuse 64 pixels."""
 

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from convrewrite.blocks.aa_conv import AAConv, AAConvOptions
 from convrewrite.blocks.relative import relative_attention
+from convrewrite.errors import ConvrewriteError
 from convrewrite.sites import ConvSpec, Place
 from tests.blocks import TOLERANCE
 from tests.blocks.measure import measured_bytes
-from tests.blocks.reference_relative import loop_aa_conv
+from tests.blocks.reference_relative import loop_aa_conv, loop_conv
 
 SMALL: dict[str, Any] = {"heads": 2, "kappa": 0.5, "upsilon": 0.5, "min_key_dim": 2}
 
@@ -75,6 +76,63 @@ def test_all_channels_can_come_from_attention() -> None:
     assert where.conv is not None
     want = loop_aa_conv(dict(block.state_dict()), x, where.conv, heads=2, position="relative", pool=1)
     torch.testing.assert_close(block(x), want, **TOLERANCE[x.dtype])
+
+
+@pytest.mark.parametrize(("position", "pool"), [("relative", 1), ("absolute", 2), ("none", 1)])
+@pytest.mark.parametrize("name", PLACES)
+def test_residual_adds_attention_to_the_last_channels_of_a_whole_convolution(
+    name: str, position: str, pool: int
+) -> None:
+    where = PLACES[name]
+    assert where.conv is not None
+    block = build(where, position=position, pool=pool, form="residual")
+    x = torch.randn(where.in_shape, dtype=torch.float64)
+    state = dict(block.state_dict())
+    assert state["conv_out.weight"].shape[0] == 8 and "attn_out.bias" not in state
+    alone = {key: value for key, value in state.items() if not key.startswith("conv_out")}
+    want = loop_conv(x, state["conv_out.weight"], state.get("conv_out.bias"), where.conv)
+    want[:, 4:] += loop_aa_conv(alone, x, where.conv, heads=2, position=position, pool=pool)
+    torch.testing.assert_close(block(x), want, **TOLERANCE[x.dtype])
+    assert AAConv.cost(where, block.options).params == sum(p.numel() for p in block.parameters())
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "circular"])
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize(("kernel", "stride", "dilation"), [(3, 1, 1), (3, 2, 2), (5, 2, 1)])
+def test_residual_is_the_convolution_that_it_holds_bit_for_bit(
+    kernel: int, stride: int, dilation: int, groups: int, mode: str
+) -> None:
+    padding = dilation * (kernel // 2)
+    form = {"stride": stride, "dilation": dilation, "groups": groups, "padding_mode": mode}
+    torch.manual_seed(1)
+    conv = nn.Conv2d(4, 8, kernel, padding=padding, bias=groups > 1, **form).double()
+    where = place(4, 8, (9, 7), kernel, **{**form, "stride": (stride,) * 2, "dilation": (dilation,) * 2},
+                  padding=(padding,) * 4, bias=groups > 1)  # fmt: skip
+    block = build(where, form="residual")
+    assert AAConv.holds(where, block.options)
+    x = torch.randn(2, 4, 9, 7, dtype=torch.float64)
+    assert not torch.allclose(block(x), conv(x))
+    block.load_conv(conv)
+    assert torch.equal(block(x), conv(x))
+    block(x).square().sum().backward()
+    assert block.attn_out.weight.grad is not None and float(block.attn_out.weight.grad.abs().max()) > 1e-3
+
+
+def test_the_paper_s_form_holds_no_convolution() -> None:
+    where = PLACES["same"]
+    block = build(where)
+    assert not AAConv.holds(where, block.options)
+    conv = nn.Conv2d(3, 8, 3, padding=1, bias=False).double()
+    with pytest.raises(ConvrewriteError, match="form concat cannot hold"):
+        block.load_conv(conv)
+    with pytest.raises(ConvrewriteError, match="aa_conv was built for"):
+        build(where, form="residual").load_conv(nn.Conv2d(3, 8, 5, padding=2, bias=False).double())
+
+
+def test_residual_takes_groups_that_the_attention_s_channels_do_not_fit() -> None:
+    where, options = place(16, 16, (8, 8), groups=16), {"form": "residual"}
+    assert AAConv.refuse(where, AAConvOptions(**options)) is None
+    assert AAConv(where, AAConvOptions(**options))(torch.randn(where.in_shape)).shape == where.out_shape
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
@@ -209,6 +267,7 @@ COSTED: dict[str, tuple[Place, dict[str, Any]]] = {
     "14 x 14": (place(256, 256, (14, 14), batch=2), {}),
     "7 x 7, stride 2": (place(512, 512, (14, 14), batch=2, stride=(2, 2)), {}),
     "28 x 28, pooled": (place(128, 128, (28, 28), batch=2), {"pool": 2}),
+    "14 x 14, residual": (place(256, 256, (14, 14), batch=2), {"form": "residual"}),
     "28 x 28, no position": (place(128, 128, (28, 28)), {"position": "none"}),
 }
 
@@ -226,6 +285,10 @@ REFUSED: dict[str, tuple[Place, dict[str, Any]]] = {
     "7 output channels, 8 heads need at least one each": (place(3, 7, (8, 8)), {}),
     "8 channels beside the 8 of attention, not divisible by 16 groups": (place(16, 16, (8, 8), groups=16), {}),
     "aa_conv can only replace a convolution, not be inserted": (Place((1, 8, 8, 8), (1, 8, 8, 8)), {}),
+    "outputs chosen has nothing to give up in the form residual (wanted: last)": (
+        place(16, 16, (8, 8)),
+        {"form": "residual", "outputs": "chosen"},
+    ),
     "the convolution's output is empty (0 x 0)": (Place((1, 8, 2, 2), (1, 8, 0, 0), ConvSpec(8, 8, (3, 3))), {}),
 }
 

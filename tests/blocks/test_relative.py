@@ -1,4 +1,4 @@
-"""Relative attention over a whole map equals a loop over pairs in both its forms, and holds no large map's pairs."""
+"""Relative attention over a whole map equals a loop over pairs in all its forms, and holds no large map's pairs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from convrewrite.blocks import relative
+from convrewrite.blocks import relative, relative_tiles
 from convrewrite.blocks.relative import relative_attention, resized
 from tests.blocks import TOLERANCE
 from tests.blocks.measure import AliveBytes
@@ -20,13 +20,22 @@ def inputs(height: int, width: int, values: int = 3, dtype: torch.dtype = torch.
     return [torch.randn(shape, dtype=dtype) for shape in shapes]
 
 
+FORMS = {"whole": 0, "streamed": 0, "row by row": 1, "heads at a time": 400, "one tile": 10**9}
+"""Most logits of a tile, where there are tiles. A map of 3 x 4 with two heads and two images has 4 x 144."""
+
+
 @pytest.fixture
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relative, "DENSE_KEYS", request.param)
-    monkeypatch.setattr(relative, "DENSE_PER_CHANNEL", request.param)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    most = 10**9 if request.param == "whole" else 0
+    monkeypatch.setattr(relative, "DENSE_KEYS", most)
+    monkeypatch.setattr(relative, "DENSE_PER_CHANNEL", most)
+    if request.param == "streamed":
+        monkeypatch.setattr(relative, "_takes_tiles", lambda q: False)
+    monkeypatch.setattr(relative_tiles, "TILE_ELEMENTS", FORMS[request.param])
+    return str(request.param)
 
 
-forms = pytest.mark.parametrize("form", [0, 10**9], ids=["streamed", "whole"], indirect=True)
+forms = pytest.mark.parametrize("form", FORMS, indirect=True)
 
 
 @forms
@@ -53,13 +62,50 @@ def test_values_may_be_of_any_width(values: int) -> None:
 
 @forms
 @pytest.mark.usefixtures("form")
-def test_gradients_are_those_of_finite_differences() -> None:
-    tensors = [t[:1] if t.dim() == 5 else t for t in inputs(2, 3, 2)]
+@pytest.mark.parametrize("images", [1, 2])
+def test_gradients_are_those_of_finite_differences(images: int) -> None:
+    tensors = [t[:images] if t.dim() == 5 else t for t in inputs(2, 3, 2)]
 
     def run(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         return relative_attention(q, k, v, scale=0.5, rows=rows, columns=columns)
 
     assert torch.autograd.gradcheck(run, [t.requires_grad_() for t in tensors])
+
+
+@forms
+def test_gradients_are_those_of_the_loop_over_pairs(form: str) -> None:
+    tensors = [t.requires_grad_() for t in inputs(3, 4)]
+    grad = torch.randn(2, 3, 4, 2, 3, dtype=torch.float64)
+    q, k, v, rows, columns = tensors
+    got = relative_attention(q, k, v, scale=0.4, rows=rows, columns=columns, scale_position=False)
+    want = loop_relative(q, k, v, 0.4, rows, columns, 1.0)
+    found, wanted = (torch.autograd.grad(y, tensors, grad) for y in (got, want))
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, **TOLERANCE[grad.dtype])
+
+
+TILES = {
+    1: [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2)],
+    100: [(0, 0), (0, 2), (1, 0), (1, 2), (2, 0), (2, 2)],
+    300: [(0, 0), (2, 0)],
+    10**9: [(0, 0)],
+}
+"""Where (head, row) tiles of at most so many logits begin: three heads of a 3 x 4 map, 48 logits a row of queries."""
+
+
+@pytest.mark.parametrize("most", TILES)
+def test_tiles_are_rows_of_one_head_or_a_few_heads(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relative_tiles, "TILE_ELEMENTS", most)
+    found = [(heads.start, rows.start) for heads, rows in relative_tiles._tiles(torch.empty(3, 3, 4, 1))]
+    assert found == TILES[most]
+
+
+def test_a_large_map_s_logits_are_not_kept_for_gradients_either() -> None:
+    tensors = [t.requires_grad_() for t in inputs(40, 40, dtype=torch.float32)]
+    with AliveBytes(tensors) as alive:
+        q, k, v, rows, columns = tensors
+        relative_attention(q, k, v, scale=0.5, rows=rows, columns=columns).sum().backward()
+    assert alive.peak < 4 * 2 * 1600**2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
