@@ -631,7 +631,7 @@ def _normalises(x: Tensor, *vectors: Tensor | None) -> bool:
 
 
 def _parts(modules: set[nn.Module], functional: set[nn.Module]) -> Iterator[nn.Module]:
-    """The outermost callable modules with convolutions, or what replaced one, among `modules` (through lists, dicts)."""
+    """The outermost callable modules that are or hold convolutions or what replaced one (lists are looked through)."""
     for module in modules:
         if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             yield from _parts(set(module.children()), functional)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convrewrite.blocks.base import BLOCKS, Block, BlockOptions, register_block
@@ -20,12 +21,9 @@ if "test_copy" not in BLOCKS:
             super().__init__(place, options)
             conv = place.conv
             assert conv is not None
-            self.conv_arguments = {
-                "stride": conv.stride,
-                "dilation": conv.dilation,
-                "groups": conv.groups,
-            }
             self.conv = conv
+            self.numbers = (conv.stride, 0, conv.dilation, conv.groups)
+            self.source: list[nn.Conv2d] = []
             self.padding: object = None
             shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel)
             self.weight = nn.Parameter(torch.zeros(shape))
@@ -50,7 +48,13 @@ if "test_copy" not in BLOCKS:
                     self.bias.copy_(conv.bias)
 
         def forward(self, x: Tensor) -> Tensor:
+            if not self.source:  # beside a convolution whose weight is computed, so that it cannot be taken over
+                return F.conv2d(self.pad(x), self.weight, self.bias, *self.numbers)
             return self.source[0]._conv_forward(x, self.weight, self.bias)
+
+        def pad(self, x: Tensor) -> Tensor:
+            mode = {"zeros": "constant"}.get(self.conv.padding_mode, self.conv.padding_mode)
+            return F.pad(x, self.conv.padding, mode=mode)
 
     @register_block("test_tail")
     class Tail(Block):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from statistics import median
 
 from convrewrite.zoo.models import Entry
 from convrewrite.zoo.rows import Row
@@ -16,7 +17,8 @@ TITLE = """# The zoo: models that were tried
 Written by `convrewrite zoo --rows zoo.jsonl --out docs/zoo.md`. Each model is captured. Every convolution is replaced
 by an equal copy, which must change no bit of the output in eval and train mode and no state-dict key. Every built-in
 rule file is planned, the one that adds the fewest FLOPs is applied, and the laws are checked. Random weights, a batch
-of two, 64 pixels or the model's own size where it takes no other.
+of two, 64 pixels or the model's own size where it takes no other; detectors with images of 96 to 128 pixels and few
+boxes. `convrewrite/zoo/models.py` lists the models that are tried smaller or larger.
 
 The number after a rule file is that of the edits in its plan. Where none fits, the column says what the model has
 instead. What was not copied, or stays an exception, is named with its cause."""
@@ -44,6 +46,12 @@ def summary(rows: Sequence[Row]) -> str:
         f"{good} of {len(rows)} models good: {applied} with a rule applied and its laws held, {good - applied} where "
         "no rule fits."
     ]
+    timed = [row.seconds for row in rows if {"capture", "plans"} <= set(row.seconds)]
+    if timed:
+        capture = median(one["capture"] for one in timed)
+        both = median(one["capture"] + one["plans"] for one in timed)
+        files = f"{both:.2f} s with the plans of all files (on one thread, beside other work)"
+        lines += ["", f"Median time beyond building: {capture:.2f} s to capture, {files}."]
     exceptions = [f"- `{row.spec}`: {_cell(row.result)}" for row in rows if not row.good]
     if exceptions:
         lines += ["", f"Exceptions ({len(exceptions)}):", "", *exceptions]
