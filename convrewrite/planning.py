@@ -379,6 +379,8 @@ def _costs(
         new = cls.cost(here, options)
         if how == "blend" and here.conv is not None:
             new = blend_cost(here.conv, here, new)
+            extra = old.params - here.conv.params  # of a convolution whose weight is computed from other parameters
+            new = replace(new, params=new.params + extra)
         if i:
             old, new = replace(old, params=0), replace(new, params=0)
         before, after = before + old, after + new

@@ -142,7 +142,8 @@ def test_the_plan_says_that_the_whole_block_goes() -> None:
     line = next(line for line in text.splitlines() if line.strip().startswith("~  layer1.0"))
     assert "layer1.0 " in line
     assert "block of 3 convolutions 8>8 12x12" in line
-    assert "fresh" in line
+    assert "outlooker" in text
+    assert "fresh" in text
 
 
 def test_what_hangs_on_the_block_stays_on_its_place() -> None:
