@@ -16,6 +16,7 @@ from convrewrite.editing import edit_model
 from convrewrite.errors import LawError
 from convrewrite.laws import ORDER, check
 from convrewrite.laws.case import Case
+from convrewrite.laws.start import start
 from convrewrite.pipeline import _replan, _work, real_example
 from convrewrite.plans import Plan
 from convrewrite.transfer import fates
@@ -248,3 +249,21 @@ def test_a_plan_without_rules_skips_the_stable_law() -> None:
     case.plan = plan
     case.replan = lambda m: None
     assert {r.law: r.status for r in check(case)}["stable"] == "skipped"
+
+
+def test_a_held_convolution_may_be_off_by_what_the_network_makes_of_rounding_and_by_no_more() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+    rule = {"id": "all", "match": {"kernel": 3}, "replace": {"block": "sasa_wide"}, "start": "exact"}
+    held = {"version": 1, "name": "held", "rules": [rule]}
+    new, report = cr.rewrite(model, held, example=(2, 4, 8, 8))
+    assert report.ok
+
+    x = torch.randn(2, 4, 8, 8)
+    case = Case(model, new, cr.plan(model, held, example=(2, 4, 8, 8)), (), (x,), (), {}, None, None)
+    assert start(case).status == "held"
+    assert 1e-8 < case.amplified("eval") < 1e-5
+    assert 1e-8 < case.amplified("train") < 1e-5
+    with torch.no_grad():
+        new[0].mix.mul_(1.001)
+    assert start(replace(case, rewritten=new)).status == "broken"
