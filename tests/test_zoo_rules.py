@@ -3,7 +3,8 @@
 Two depths. *Planned*: each rule file on every model, on the meta device; where it matches, the plan is carried out
 there, and the parameters that then exist are those that the plan says. *Rewritten*: with weights, at a small input, all
 laws checked, and a forward and a backward pass in train and in eval mode. Without `big` only the smallest model of
-each family is rewritten (VGG, all large, not at all; nor Inception, nor wide ResNets); `-m "zoo and big"` rewrites the others, and plans the largest.
+each family is rewritten (VGG, all large, not at all; nor Inception, nor wide ResNets); `-m "zoo and big"` rewrites the
+others, and plans the largest.
 """
 
 from __future__ import annotations
