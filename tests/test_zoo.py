@@ -18,7 +18,10 @@ from . import copyblock  # noqa: F401 - registers the blocks
 
 pytestmark = [pytest.mark.zoo, pytest.mark.filterwarnings("ignore")]
 
-BIG = ("regnet_y_128gf", "vit_h", "vit_l", "convnext_large", "vgg", "efficientnet_b7", "efficientnet_v2_l")
+BIG = (
+    *("regnet_y_128gf", "regnet_y_32gf", "vit_h", "vit_l", "convnext_large", "vgg", "efficientnet_b7"),
+    *("efficientnet_v2_l", "swin_b", "swin_s", "swin_v2_b", "swin_v2_s", "wide_resnet101_2"),
+)
 MODELS = [
     pytest.param(name, marks=pytest.mark.big) if name.startswith(BIG) else name
     for name in torchvision.models.list_models(module=torchvision.models)
