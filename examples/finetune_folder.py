@@ -10,7 +10,7 @@ import torchvision
 
 import convrewrite as cr
 
-DATA = "torchvision:FakeData?size=40&num_classes=4"  # any of imagefolder:PATH, torchvision:NAME, hf:NAME
+DATA = "torchvision:FakeData?size=24&num_classes=4"  # any of imagefolder:PATH, torchvision:NAME, hf:NAME
 SETTINGS = {"batch_size": 8, "workers": 0, "augment": "flip"}
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from convrewrite import provenance
@@ -131,15 +134,23 @@ def recognise(model: nn.Module, wanted: str) -> Recipe | None:
     for name, kind in sorted(SOURCES.items(), key=lambda item: item[1].order):
         for candidate in kind.recognise(model):
             recipe = {"kind": name, **candidate}
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    built = rebuild(recipe, meta=True)
-            except SourceError:
-                continue  # options that this builder does not take
-            if identity(built) == wanted or (dtype and identity(built.to(dtype)) == wanted):
+            made = _identities.__wrapped__ if name == "factory" else _identities  # a user's class may change meanwhile
+            if wanted in made(json.dumps(recipe, sort_keys=True), dtype):
                 return recipe
     return None
+
+
+@lru_cache(maxsize=256)
+def _identities(recipe: str, dtype: torch.dtype | None) -> tuple[str, ...]:
+    """Of what a recipe builds, as built and in `dtype`; none if it builds nothing. Training saves often: built once."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            built = rebuild(json.loads(recipe), meta=True)
+    except SourceError:
+        return ()  # options that this builder does not take
+    plain = identity(built)
+    return (plain, identity(built.to(dtype))) if dtype else (plain,)
 
 
 def parse_input(value: str | tuple[int, ...]) -> Shape:

@@ -57,7 +57,11 @@ def step_of(out: Path) -> int:
 
 
 def main(command: str, kills: int, seed: int, folder: Path) -> None:
-    """Run, kill, go on, compare, `kills` times; several of these may fall on one run."""
+    """Run, kill, go on, compare, `kills` times; several of these may fall on one run.
+
+    Many kills get longer runs, so that they find more moments than the one before the first checkpoint.
+    """
+    SETTINGS["steps"] = 6 if kills < 10 else 24
     torch.set_num_threads(1)
     rewritten()  # before the forks, so that none of them has to do it
     whole = folder / "whole"

@@ -64,7 +64,7 @@ def test_a_run_killed_thirty_times_goes_on_to_the_same_bytes(command: str, tmp_p
     found = _killed(command, 30, tmp_path)
     assert len(found) >= 30
     assert all(kill["same"] and not kill["left"] for kill in found), found
-    assert len({kill["step"] for kill in found}) > 2  # the kills fell on different moments
+    assert len({kill["step"] for kill in found}) > 4  # the kills fell on different moments
 
 
 def test_a_stopped_run_goes_on_with_the_same_history_and_weights(tmp_path: Path) -> None:
