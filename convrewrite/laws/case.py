@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,17 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from convrewrite import graphs
 from convrewrite.capture import light_copy
 from convrewrite.plans import Plan
 from convrewrite.reports import Drift, TensorFate
 from convrewrite.sites import Site
+from convrewrite.stands import stand_of
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Largest relative drift that rounding explains, by dtype."""
-
-OTHER_SUMS = 10
-"""Times that, where blocks hold convolutions: they sum in another order, and layers behind make rounding larger. A
-ResNet-50 itself drifts by 2e-5 to 7e-5 in float32 from channels first to channels last, or to float64."""
 
 
 @dataclass
@@ -52,31 +50,39 @@ class Case:
 
     @property
     def tolerance(self) -> float:
-        return TOLERANCE.get(self.dtype, 1e-5) * (OTHER_SUMS if self.holding else 1)
+        return TOLERANCE.get(self.dtype, 1e-5)
 
-    @property
-    def holding(self) -> bool:
-        """True if a block holds the convolution that it replaced."""
-        return any(e.how == "holds the conv" for e in self.plan.edits)
+    def by_parts(self, mode: str) -> tuple[float, float] | None:
+        """The drift taken apart: (worst of the blocks that hold a convolution, all the rest); None if there are none.
 
-    def amplified(self, mode: str) -> float:
-        """Relative drift of the original itself if the convolutions that blocks hold rounded a little differently.
-
-        Their outputs get noise of a hundredth of the dtype's tolerance, about one rounding; batch statistics of small
-        maps can make a thousand times as much of it.
+        Each such block gives its output and hands on that of the convolution whose place it took, on the same input.
+        So the first number is what the blocks do, each against its convolution, and the second what would be left if
+        they did nothing: a network may make any amount of rounding larger, but has no rounding to start from then.
         """
-        twin = light_copy(self.original).train(mode == "train")
-        generator = torch.Generator().manual_seed(0)  # its own: the model's random numbers stay those of the outputs
-        size = TOLERANCE.get(self.dtype, 1e-5) / 100
+        held = {e.id: e.path for e in self.plan.edits if e.how == "holds the conv"}
+        old, new = (light_copy(m).train(mode == "train") for m in (self.original, self.rewritten))
+        worst, seen = [0.0], set()
 
-        def rounded(module: nn.Module, args: Any, y: Tensor) -> Tensor:
-            return y + y.abs().max() * size * torch.randn(y.shape, generator=generator).to(y)
+        def beside(conv: nn.Module) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+            def compare(module: nn.Module, args: Any, y: Tensor) -> Tensor:
+                wanted: Tensor = conv(*args)
+                worst.append(_relative(wanted, y))
+                return wanted
 
-        held = [e.path for e in self.plan.edits if e.how == "holds the conv" and ":" not in e.path]
-        for path in held:
-            twin.get_submodule(path).register_forward_hook(rounded)
+            return compare
+
+        for module in new.modules():
+            stand = stand_of(module)
+            if stand is not None and stand.edit in held:
+                seen.add(stand.edit)
+                path = held[stand.edit]
+                conv = graphs.convolution(old, path) if ":" in path else old.get_submodule(path)
+                module.register_forward_hook(beside(conv))
+        if not held or seen != set(held):
+            return None
         with torch.no_grad(), seeded(), quiet():
-            return _drift(mode, self.outputs[mode][0], twin(*self.example)).max_relative
+            rest = _drift(mode, self.outputs[mode][0], new(*self.example)).max_relative
+        return max(worst), rest
 
     @property
     def exact(self) -> bool:
@@ -149,3 +155,10 @@ def _drift(mode: str, old: Any, new: Any) -> Drift:
         agreement = float((first[0].argmax(1) == first[1].argmax(1)).double().mean())
     relative = gap / scale if scale else (0.0 if gap == 0 else float("inf"))
     return Drift(mode, relative, cosine, agreement)
+
+
+def _relative(wanted: Tensor, y: Tensor) -> float:
+    """max |y - wanted| / max |wanted|; infinite where that is not a number."""
+    scale, gap = (float(t.detach().double().abs().max()) if t.numel() else 0.0 for t in (wanted, y - wanted))
+    relative = gap / scale if scale else (0.0 if gap == 0 else float("inf"))
+    return relative if relative == relative else float("inf")
