@@ -153,7 +153,7 @@ def _differs(old: Site, new: Site) -> str:
 def totals(model: nn.Module, graph: Graph, edits: Iterable[Edit]) -> Totals:
     """Parameters and FLOPs of the whole model before and after."""
     params = sum(p.numel() for p in model.parameters())
-    flops = graph.captured.linear_flops + sum(s.flops for s in graph.sites)
+    flops = graph.captured.other_flops + sum(s.flops for s in graph.sites)
     edits = list(edits)
     return Totals(
         params,

@@ -6,10 +6,12 @@ import copy
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 import convrewrite as cr
 from convrewrite.capture import capture
+from convrewrite.editing import apply_plan
 from convrewrite.errors import CaptureError, ConvrewriteError
 
 from .nets import NETS, SHAPE, Aliased, Opaque, Residual, Shared, TwoOutputs, WithFunctional
@@ -144,3 +146,24 @@ def test_a_real_run_during_capture_leaves_the_callers_random_numbers_alone() -> 
     torch.manual_seed(5)
     cr.inspect(model, example=SHAPE)
     assert torch.equal(torch.rand(3), expected)
+
+
+CASES = [
+    ("sasa-exact", "exact"),
+    ("acmix", "exact"),
+    ("criss-cross", "exact"),
+    ("outlooker-stage3", "fresh"),
+    ("hybrid", "fresh"),
+]
+
+
+@pytest.mark.parametrize(("rules", "start"), CASES)
+def test_a_rewritten_network_costs_what_the_plan_said_it_would(rules: str, start: str) -> None:
+    """Linear layers inside blocks count with their blocks, once; inserted blocks count although they are no sites."""
+    with torch.device("meta"):
+        model = torchvision.models.resnet50()
+    shape = (1, 3, 64, 64)
+    first = cr.plan(model, rules, start=start, example=shape)
+    some = {"id": "some", "match": {"role": "pointwise"}, "replace": {"block": "acmix"}}
+    found = cr.plan(apply_plan(model, first), {"version": 1, "name": "any", "rules": [some]}, example=shape).totals
+    assert (found.params_before, found.flops_before) == (first.totals.params_after, first.totals.flops_after)
