@@ -9,8 +9,10 @@ import click
 from convrewrite.cli.common import (
     Progress,
     check_rules,
+    check_writable,
     clean_errors,
     format_option,
+    hint_rules,
     model_options,
     put,
     rule_options,
@@ -18,7 +20,7 @@ from convrewrite.cli.common import (
     source_of,
 )
 
-from convrewrite.errors import ConvrewriteError
+from convrewrite.errors import ConvrewriteError, RuleError
 
 KINDS = ("module", "graph", "compiled", "exported", "onnx")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -90,6 +92,7 @@ def command(
 
     if out:
         check_target(out, overwrite=overwrite)
+        check_writable(out)
     given = _plan(plan_file) if plan_file else list(rules)
     if plan_file and input_shape is None:
         input_shape = _shape_of(given)
@@ -112,6 +115,9 @@ def command(
             calibrate_images=calibrate_images,
             max_nmse=max_nmse,
         )
+    except RuleError as error:
+        hint_rules(model, error)
+        raise
     finally:
         progress.close()
     example = real_example(done.model, example_of(done.model, source.example))
@@ -149,8 +155,29 @@ def _placed(model: Any, device: str, dtype: str, channels_last: bool) -> Any:
     try:
         model = model.to(device=torch.device(device), dtype=getattr(torch, dtype))
     except (RuntimeError, AssertionError) as error:
+        where = _device(device)
+        if where is None or where.type not in ("cpu", *_accelerators()):
+            fix = f"this machine has {', '.join(('cpu', *_accelerators()))}"
+            raise ConvrewriteError(f"device '{device}' cannot be used", where="--device", fix=fix) from None
         raise ConvrewriteError(f"device '{device}' cannot be used: {str(error).splitlines()[0]}") from None
     return model.to(memory_format=torch.channels_last) if channels_last else model
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        return None
+
+
+def _accelerators() -> list[str]:
+    """Kinds of devices besides the processor that torch can use here."""
+    import torch
+
+    found = [kind for kind in ("cuda", "xpu") if getattr(torch, kind).is_available()]
+    return [*found, *(["mps"] if torch.backends.mps.is_available() else [])]
 
 
 def _check_compile(original: Any, rewritten: Any, example: tuple[Any, ...]) -> None:

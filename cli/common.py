@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable
@@ -23,12 +25,31 @@ STARTS = ("exact", "fitted", "fresh")
 Command = Callable[..., Any]
 
 
+def _input_shape(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """What cannot be a shape is told before torch is imported."""
+    if value is not None and not re.fullmatch(r"\s*\d+(?:[xX,]\d+){3}\s*", value, re.ASCII):
+        what = f"'{value}' is not batch x channels x height x width, as in 1x3x224x224"
+        raise click.BadParameter(what, context, parameter)
+    return value
+
+
+def input_option(function: Command) -> Command:
+    """--input."""
+    return click.option(
+        "--input",
+        "input_shape",
+        metavar="NxCxHxW",
+        callback=_input_shape,
+        help="Input shape; the model's own by default.",
+    )(function)
+
+
 def model_options(function: Command) -> Command:
     """--weights, --input, --num-classes, --seed."""
     for option in (
         click.option("--seed", type=int, default=0, show_default=True, help="Seed of random initialisation."),
         click.option("--num-classes", type=click.IntRange(1), help="Classes of the model that is built."),
-        click.option("--input", "input_shape", metavar="NxCxHxW", help="Input shape; the model's own by default."),
+        input_option,
         click.option("--weights", metavar="W", help="DEFAULT, a weight name, or a .pth, .pt or .safetensors file."),
     ):
         function = option(function)
@@ -93,7 +114,10 @@ def source_of(
     """The model and its example shape."""
     from convrewrite.sources import resolve
 
-    return resolve(model, weights=weights, input=input_shape, num_classes=num_classes, seed=seed, meta=meta)
+    source = resolve(model, weights=weights, input=input_shape, num_classes=num_classes, seed=seed, meta=meta)
+    for note in source.notes:
+        click.echo(f"note: {note}", err=True)
+    return source
 
 
 def settings_of(settings: tuple[str, ...]) -> dict[tuple[str, str], Any]:
@@ -120,6 +144,37 @@ def check_rules(rules: tuple[str, ...]) -> None:
 
     for name in rules:
         load_rules(name)
+
+
+def check_writable(place: str | None) -> None:
+    """Refuse an --out that cannot be written before the work is done and not after it.
+
+    Raises:
+        ConvrewriteError: neither the file or folder nor the folders above it can be made.
+    """
+    if not place:
+        return
+    nearest = next(above for above in Path(os.path.abspath(place)).parents if above.exists())
+    try:
+        handle, name = tempfile.mkstemp(dir=nearest, prefix=".convrewrite.")
+        os.close(handle)
+        os.unlink(name)
+    except OSError as error:
+        raise ConvrewriteError(
+            f"cannot be written: {error.strerror or error}", where=place, fix="name another place"
+        ) from None
+
+
+def hint(text: str) -> None:
+    """Advice for a reader at a terminal; scripts do not see it."""
+    if sys.stderr.isatty():
+        click.echo(f"hint: {text}", err=True)
+
+
+def hint_rules(model: str, error: ConvrewriteError) -> None:
+    """Where a rule matched nothing: how to find rule files that do."""
+    if ": 0 sites, expected" in str(error):
+        hint(f"'convrewrite rules --for {shlex.quote(model)}' lists the built-in rule files that fit")
 
 
 class Progress:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+
 import click
-from convrewrite.cli.common import clean_errors, format_option, model_options, put, source_of
+from convrewrite.cli.common import check_writable, clean_errors, format_option, hint, model_options, put, source_of
 
 
 @click.command(name="inspect")
@@ -30,10 +32,12 @@ def command(
     """Show every convolution of MODEL with its role, stage, block, shapes and cost.
 
     MODEL is resnet50, torchvision:NAME, timm:NAME, hf:NAME, smp:NAME, ultralytics:NAME, hub:REPOSITORY:ENTRY,
-    package.module:factory, path/file.py:factory, or a folder written by apply; "NAME?key=value" gives it an option.
+    package.module:factory, path/file.py:factory, model.pt2, or a folder written by apply; "NAME?key=value" gives it
+    an option.
     --cross-check says whether torch.export, a second analyser, sees the same convolutions
     with the same shapes, or why it refuses the model.
     """
+    check_writable(out)
     from convrewrite.pipeline import inspect
     from convrewrite.report import render_sites
 
@@ -46,6 +50,8 @@ def command(
         sites = tuple(choose(sites, parse(select))[0])
     kind = "json" if as_json else format_
     put(render_sites(sites, kind), out)
+    if kind == "text" and not select:
+        hint(f"'convrewrite rules --for {shlex.quote(model)}' lists the built-in rule files that fit")
     if cross_check:
         from convrewrite import crosscheck
         from convrewrite.pipeline import example_of

@@ -12,6 +12,8 @@ COMMANDS = {
     "apply": "Rewrite a model, check it, report and save it.",
     "finetune": "Train a rewritten model on labelled images.",
     "distill": "Train a rewritten model to give the original's outputs.",
+    "fuse": "Make a model ready for inference, measure the gain, export it.",
+    "migrate": "Take a checkpoint of the original into the rewritten model, and back.",
     "diff": "Compare two models or saved folders.",
     "rules": "List, show, scaffold and test rule files.",
     "blocks": "List the blocks that rules can use.",

@@ -5,8 +5,10 @@ from __future__ import annotations
 import click
 from convrewrite.cli.common import (
     check_rules,
+    check_writable,
     clean_errors,
     format_option,
+    hint_rules,
     model_options,
     put,
     rule_options,
@@ -14,6 +16,8 @@ from convrewrite.cli.common import (
     source_of,
     write_text,
 )
+
+from convrewrite.errors import RuleError
 
 SOMETHING_TO_DO = 3
 
@@ -48,20 +52,25 @@ def command(
         raise click.UsageError("give at least one --rules FILE (see 'convrewrite rules')")
     overrides = settings_of(settings)
     check_rules(rules)
+    check_writable(out)
     from convrewrite.pipeline import inspect, plan
     from convrewrite.report import render_plan
     from convrewrite.report import why as explain
 
     source = source_of(model, weights, input_shape, num_classes, seed, meta=weights is None)
-    found = plan(
-        source.model,
-        list(rules),
-        start=start,
-        example=source.example,
-        seed=seed,
-        overrides=overrides,
-        name=source.name,
-    )
+    try:
+        found = plan(
+            source.model,
+            list(rules),
+            start=start,
+            example=source.example,
+            seed=seed,
+            overrides=overrides,
+            name=source.name,
+        )
+    except RuleError as error:
+        hint_rules(model, error)
+        raise
     if why:
         click.echo(explain(found, inspect(source.model, example=source.example), why).rstrip("\n"))
     else:

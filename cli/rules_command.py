@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from convrewrite.cli.common import clean_errors, put, write_text
+from convrewrite.cli.common import clean_errors, input_option, put, write_text
 
 from convrewrite.errors import ConvrewriteError
 
@@ -16,11 +16,57 @@ if TYPE_CHECKING:
 
 
 @click.group(name="rules", invoke_without_command=True)
+@click.option("--for", "model", metavar="MODEL", help="Say for each file what it would change in MODEL.")
+@input_option
 @click.pass_context
-def command(ctx: click.Context) -> None:
+@clean_errors
+def command(ctx: click.Context, model: str | None, input_shape: str | None) -> None:
     """List the built-in rule files; show, scaffold or test one."""
-    if ctx.invoked_subcommand is None:
+    if model is None and input_shape is not None:
+        raise click.UsageError("--input goes with --for MODEL")
+    if ctx.invoked_subcommand is not None and model is not None:
+        raise click.UsageError(f"--for is an option of 'rules' alone, not of 'rules {ctx.invoked_subcommand}'")
+    if model is not None:
+        click.echo(_fitting(model, input_shape))
+    elif ctx.invoked_subcommand is None:
         ctx.invoke(list_rules)
+
+
+def _fitting(model: str, input_shape: str | None) -> str:
+    """A line for each built-in file: how many convolutions of the model it would change. The model is read once."""
+    from convrewrite.cli.common import source_of
+    from tabulate import tabulate
+
+    from convrewrite.annotate import annotate
+    from convrewrite.capture import capture
+    from convrewrite.pipeline import example_of
+    from convrewrite.planning import trial
+    from convrewrite.rulefile import builtin_names, load_rules
+
+    source = source_of(model, None, input_shape, None, 0, meta=True)
+    graph = annotate(capture(source.model, example_of(source.model, source.example)))
+    rows, refused = [], []
+    for name in builtin_names():
+        file = load_rules(name)
+        try:
+            found = trial(source.model, graph, file)
+        except ConvrewriteError as error:
+            refused.append(f"Refused: {error}")
+            continue
+        first = next((ids[0] for ids in found.values() if ids), "")
+        rows.append((name, sum(map(len, found.values())), sum(not ids for ids in found.values()), first))
+    rows.sort(key=lambda row: (row[1] == 0, row[2] > 0))
+    fit = [row for row in rows if row[1]]
+    table = tabulate(
+        [(name, sites, rules or "", first) for name, sites, rules, first in fit],
+        headers=("name", "sites", "rules without a site", "first site"),
+        disable_numparse=True,
+        colalign=("left", "right", "right", "left"),
+    )
+    rest = ", ".join(row[0] for row in rows if not row[1])
+    lines = [f"Built-in rule files on {source.name}, {len(graph.sites)} convolutions"]
+    lines += [table if fit else "none fits"] + ([f"No site: {rest}"] if rest else [])
+    return "\n\n".join([*lines, *refused])
 
 
 @command.command(name="list")

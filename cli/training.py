@@ -84,7 +84,7 @@ class _Lines:
             return
         parts = [f"epoch {row['epoch']:g}", f"step {row['step']}", row["phase"]]
         parts += [f"loss {self._loss:.4g}"] if self._loss == self._loss else []
-        parts += [f"measured {row['val_loss']:.4g}"]
+        parts += [f"validation loss {row['val_loss']:.4g}"]
         for name, title in (("val_accuracy", "accuracy"), ("agreement", "agreement")):
             parts += [f"{title} {100 * row[name]:.2f} %"] if name in row else []
         parts += [f"anneal {row['anneal']:.2f}"] if "anneal" in row else []

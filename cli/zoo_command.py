@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from convrewrite.cli.common import clean_errors, put
+from convrewrite.cli.common import check_writable, clean_errors, put
 
 from convrewrite.errors import ConvrewriteError, closest
 
@@ -42,6 +42,8 @@ def command(
     NAMES are groups (torchvision, timm, patches, features, hf, smp, ultralytics; all that are installed by default) or
     models as for the other commands. Each runs in a process of its own. Exit code 1 if one is not good.
     """
+    check_writable(out)
+    check_writable(rows)
     from tqdm import tqdm
 
     from convrewrite.zoo import markdown, read, run
@@ -72,6 +74,7 @@ def _entries(names: tuple[str, ...]) -> list[Entry]:
     """The models of the groups, and the single models, each once."""
     import importlib.util
 
+    from convrewrite.sources import known
     from convrewrite.zoo import GROUPS, Entry
 
     found: list[Entry] = []
@@ -79,6 +82,8 @@ def _entries(names: tuple[str, ...]) -> list[Entry]:
         if name not in GROUPS:
             if ":" not in name and closest(name, GROUPS):
                 raise ConvrewriteError(f"'{name}' is no group", fix=f"groups: {_NAMES}; or write SOURCE:{name}")
+            if not known(name):
+                raise click.UsageError(f"'{name}' is neither a group ({_NAMES}) nor a model")
             found.append(Entry("models", "", name))
         elif importlib.util.find_spec(GROUPS[name][0]) is not None:
             found += GROUPS[name][1]()

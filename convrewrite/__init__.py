@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from convrewrite.diffing import Diff
     from convrewrite.errors import ConvrewriteError
     from convrewrite.finalizing import finalize
+    from convrewrite.fusing import fuse
+    from convrewrite.migrating import migrate, revert
     from convrewrite.pipeline import Pass, diff, inspect, plan, rewrite
     from convrewrite.plans import Edit, Plan, Refusal
     from convrewrite.reports import Report
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from convrewrite.training.annealing import Annealer
     from convrewrite.training.groups import TrainableSummary, param_groups, trainable_summary
     from convrewrite.training.run import Trained, distill, finetune
+    from convrewrite.training.solving import solve_blends
 
 # Public name -> the module it lives in. No submodule may have the name of a public function: importing
 # the submodule would put it in the function's place.
@@ -48,16 +51,20 @@ _HOME = {
     "diff": "pipeline",
     "distill": "training.run",
     "finalize": "finalizing",
+    "fuse": "fusing",
     "finetune": "training.run",
     "inspect": "pipeline",
     "load": "store",
     "load_rules": "rulefile",
+    "migrate": "migrating",
     "param_groups": "training.groups",
     "plan": "pipeline",
     "register_block": "blocks.base",
+    "revert": "migrating",
     "rewrite": "pipeline",
     "save": "store",
     "set_backend": "blocks.local",
+    "solve_blends": "training.solving",
     "trainable_summary": "training.groups",
 }
 
@@ -85,15 +92,19 @@ __all__ = [
     "distill",
     "finalize",
     "finetune",
+    "fuse",
     "inspect",
     "load",
     "load_rules",
+    "migrate",
     "param_groups",
     "plan",
     "register_block",
+    "revert",
     "rewrite",
     "save",
     "set_backend",
+    "solve_blends",
     "trainable_summary",
 ]
 

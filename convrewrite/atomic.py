@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
 import secrets
 import shutil
 import sys
@@ -22,11 +23,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
     What stood there is gone only after the new one is complete and on disk. If the block raises, also
     by ctrl-C, the temporary folder is removed and `folder` is as it was. A process that is killed may
-    leave the temporary folder (``.NAME.saving-...``) beside an untouched `folder`.
+    leave the temporary folder (``.NAME.saving-...``) beside an untouched `folder`; the next to write there removes it.
     """
     place = Path(os.path.realpath(folder))  # a link keeps pointing where it did
     place.parent.mkdir(parents=True, exist_ok=True)
-    temporary = place.with_name(f".{place.name}.saving-{os.getpid()}-{secrets.token_hex(4)}")
+    _clear(place)
+    temporary = place.with_name(f".{place.name}.saving-{_host()}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         temporary.mkdir()  # not mkdtemp: a saved model is as readable as any other file of the user
         yield temporary
@@ -37,6 +39,27 @@ def new_folder(folder: Path) -> Iterator[Path]:
         _sync(place.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # half written, or the old folder after the exchange
+
+
+def _clear(place: Path) -> None:
+    """Remove what processes of this machine that are no more had begun to write for `place`."""
+    if os.name == "nt":
+        return  # signal 0 would end the process there
+    begin = f".{place.name}.saving-{_host()}-"
+    for path in place.parent.iterdir():
+        process = path.name.removeprefix(begin).partition("-")[0]
+        if path.name.startswith(begin) and process.isdigit():
+            try:
+                os.kill(int(process), 0)
+            except ProcessLookupError:
+                shutil.rmtree(path, ignore_errors=True)
+            except OSError:
+                continue  # another user's, and alive
+
+
+def _host() -> str:
+    """Folders may be seen by several machines, whose process numbers mean nothing to each other."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 def sha256(path: Path) -> str:

@@ -76,6 +76,10 @@ def _capture_by(method: str, model: nn.Module, example: tuple[Any, ...]) -> Capt
         )
 
 
+def _is_exported_conv(node: torch.fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.__name__.startswith("conv")
+
+
 def _refuse_unsupported(model: nn.Module) -> None:
     kind = type(model)
     if kind.__name__ == "OptimizedModule":
@@ -84,6 +88,9 @@ def _refuse_unsupported(model: nn.Module) -> None:
         raise CaptureError(f"the model is wrapped by {kind.__name__}", where="model", fix="rewrite model.module")
     if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         raise CaptureError("the model is TorchScript", where="model", fix="rewrite the eager nn.Module")
+    if isinstance(model, torch.fx.GraphModule) and any(_is_exported_conv(node) for node in model.graph.nodes):
+        fix = "rewrite convrewrite.sources.exported.from_program(program)"
+        raise CaptureError("the model is the module of an exported program", where="model", fix=fix)
     if isinstance(model, CONVS):
         raise CaptureError("the model is itself a convolution", where="model", fix="wrap it: nn.Sequential(model)")
     for path, module in model.named_modules():

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from convrewrite.blocks.base import BLOCKS, Block, conv_spec
 from convrewrite.blocks.blend import Blend
 from convrewrite.errors import ConvrewriteError, EditError
 from convrewrite.fits.base import FITS
-from convrewrite.fits.target import prior
+from convrewrite.fits.target import Target, prior
 from convrewrite.inserting import insert
 from convrewrite.plans import FITTED, Edit, Plan
 from convrewrite.sites import ConvSpec, Place
@@ -128,7 +129,7 @@ def _replacement(conv: nn.Conv2d, edit: Edit, seed: int, solved: dict[str, float
     if edit.how == "holds the conv":
         block.load_conv(conv)
     if edit.how == FITTED and solved is not None and not conv.weight.is_meta:
-        solved[edit.id] = _fit(block, conv, edit)
+        solved[edit.id] = _fit(block, conv, edit, seed)
     new: nn.Module = Blend(conv, block) if edit.how == "blend" else block
     new.training = conv.training
     path = edit.path if ":" in edit.path else ""
@@ -136,11 +137,45 @@ def _replacement(conv: nn.Conv2d, edit: Edit, seed: int, solved: dict[str, float
     return new
 
 
-def _fit(block: Block, conv: nn.Conv2d, edit: Edit) -> float:
+def _fit(block: Block, conv: nn.Conv2d, edit: Edit, seed: int) -> float:
     """Solve the block from the convolution's weights, without images; the NMSE that this expects."""
-    fit = FITS.get(edit.block)
-    window = fit.window(edit.site.conv, block.options)
-    return fit.solve(block, edit.site.conv, prior(conv.weight, conv.bias, edit.site.conv, window))
+    window = FITS.get(edit.block).window(edit.site.conv, block.options)
+    return solve_block(block, edit, prior(conv.weight, conv.bias, edit.site.conv, window), seed)
+
+
+def solve_block(block: Block, edit: Edit, target: Target, seed: int) -> float:
+    """Fit the block of `edit` in place, with the options that the target asks for; the NMSE that this expects.
+
+    Where the plan leaves an option to the fit (`nmse` of full-width heads), the block gets other parameters.
+    """
+    fit, spec = FITS.get(edit.block), edit.site.conv
+    planned = type(block).Options(**edit.options)
+    if block.options != planned:  # an earlier fit, on another target, settled on these
+        _become(block, _build(edit, spec, seed, block))
+    settled = fit.settle(block, spec, target)
+    if settled != planned:
+        _become(block, _build(replace(edit, options=settled.model_dump(mode="json")), spec, seed, block))
+    return fit.solve(block, spec, target)
+
+
+def _become(block: Block, other: Block) -> None:
+    """Give `block` all that `other`, of the same class, was built with; hooks and marks stay."""
+    for name, value in vars(other).items():
+        if not name.startswith("_") or name in ("_parameters", "_buffers", "_modules"):
+            setattr(block, name, value)
+
+
+def settled_options(model: nn.Module, plan: Plan) -> dict[str, Mapping[str, Any]]:
+    """Id of each fitted edit whose block has other options than planned -> those."""
+    planned = {e.id: e.options for e in plan.edits if e.how == FITTED}
+    found: dict[str, Mapping[str, Any]] = {}
+    for module in model.modules():
+        stand = stand_of(module)
+        if stand is not None and stand.edit in planned and isinstance(module, Block):
+            options = module.options.model_dump(mode="json")
+            if options != dict(planned[stand.edit]):
+                found[stand.edit] = options
+    return found
 
 
 def _build(edit: Edit, conv: ConvSpec | None, seed: int, beside: nn.Module) -> Block:

@@ -22,12 +22,12 @@ from convrewrite.calibration.images import Images
 from convrewrite.capture import capture
 from convrewrite.diffing import Diff, ModelView, view_of
 from convrewrite.diffing import diff as compare
-from convrewrite.editing import Edited, edit_model
+from convrewrite.editing import Edited, edit_model, settled_options
 from convrewrite.errors import ConvrewriteError, LawError, RuleError
 from convrewrite.identity import identity
 from convrewrite.laws import check
 from convrewrite.laws.case import Case
-from convrewrite.planning import check_fits, make_plan
+from convrewrite.planning import check_fits, make_plan, settle
 from convrewrite.plans import Plan
 from convrewrite.reports import Calibration, Drift, LawResult, Report, TensorFate
 from convrewrite.rulefile import Rule, RuleFile, load_rules
@@ -122,6 +122,11 @@ def _calibrate(work: Work) -> None:
     if work.images is not None and not any(edit.start == "fitted" for edit in work.plan.edits):
         work.notes.append("no edit starts fitted: the calibration images were not used")
     work.calibration, work.measured = fitted_edits(work.model, work.edited, work.plan, work.images)
+    settled = settled_options(work.edited.model, work.plan)
+    if settled:
+        assert work.graph is not None
+        work.plan = settle(work.plan, settled, work.model, work.graph)
+        provenance.note_plan(work.edited.model, work.plan)
     check_fits_well(work.calibration, work.max_nmse)
 
 
@@ -348,11 +353,12 @@ def real_example(model: nn.Module, example: tuple[Any, ...]) -> tuple[Any, ...]:
     """The example with values: meta tensors become noise on the model's device, a batch of one becomes two."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
+    one = 0 if getattr(model, "fixed_batch", False) else 1  # an exported program may run on one size of batch only
 
     def real(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return mapped(value, noise)
-        if value.is_meta and value.dim() and value.shape[0] == 1:
+        if value.is_meta and value.dim() and value.shape[0] == one:
             value = value.expand(2, *value.shape[1:])  # batch statistics of a single 1x1 map are undefined
         return noise(value)
 
@@ -385,7 +391,9 @@ def _work(
     source: Mapping[str, Any] | None,
 ) -> Work:
     if not isinstance(model, nn.Module):
-        raise ConvrewriteError(f"model is {type(model).__name__}, not an nn.Module", fix="build it first")
+        exported = isinstance(model, torch.export.ExportedProgram)
+        fix = "give convrewrite.sources.exported.from_program(program)" if exported else "build it first"
+        raise ConvrewriteError(f"model is {type(model).__name__}, not an nn.Module", fix=fix)
     if start not in (None, "exact", "fitted", "fresh"):
         raise ConvrewriteError(f"unknown start '{start}'", fix="exact, fitted or fresh")
     given = rules if isinstance(rules, Plan) else None

@@ -81,6 +81,7 @@ def make_plan(
         funnels.extend(_funnel(f, draft.edits) for f in result.funnels)
         notes.extend(result.notes)
     _check_overrides(draft)
+    notes.extend(_left_to_the_fit(e) for e in draft.edits if e.how == FITTED and e.options.get("nmse") is not None)
     notes.extend(f"{path}: not traced ({why})" for path, why in sorted(graph.captured.opaque.items()))
     return Plan(
         model=name,
@@ -95,6 +96,39 @@ def make_plan(
         notes=tuple(dict.fromkeys(notes)),
         versions=versions(),
     )
+
+
+def _left_to_the_fit(edit: Edit) -> str:
+    most = edit.options.get("heads") or "as many as hold the convolution"
+    limit = f"{edit.options['nmse']:g} of the output's variance"
+    return (
+        f"rule {edit.rule}: the fit chooses the fewest {edit.block} heads that lose at most {limit} "
+        f"(costs are for the most, {most})"
+    )
+
+
+def settle(plan: Plan, options: Mapping[str, Mapping[str, Any]], model: nn.Module, graph: Graph) -> Plan:
+    """The plan with the options that fits chose, and the costs that go with them.
+
+    Args:
+        options: edit's id -> all options of its block. model: the original.
+    """
+    sites, edits = {s.id: s for s in graph.sites}, []
+    for edit in plan.edits:
+        if edit.id in options:
+            cls, place = BLOCKS.get(edit.block), Place(edit.in_shape, edit.out_shape, edit.site.conv)
+            given = cls.Options(**options[edit.id])
+            _, after = _costs(cls, given, [sites[i] for i in edit.calls], place, edit.how, replaced=True)
+            edit = replace(edit, options=given.model_dump(mode="json"), after=after)
+        edits.append(edit)
+    left = {_left_to_the_fit(e) for e in plan.edits if e.id in options}
+    notes = tuple(n for n in plan.notes if n not in left)
+    chosen = Counter((e.rule, e.block, e.options["nmse"], e.options["heads"]) for e in edits if e.id in options)
+    notes += tuple(
+        f"rule {rule}: {heads} {block} heads chosen at {count} sites (NMSE {nmse:g})"
+        for (rule, block, nmse, heads), count in sorted(chosen.items())
+    )
+    return replace(plan, edits=tuple(edits), notes=notes, totals=totals(model, graph, edits))
 
 
 def trial(model: nn.Module, graph: Graph, file: RuleFile, *, start: str | None = None) -> dict[str, list[str]]:
@@ -235,6 +269,8 @@ def _edit(draft: _Draft, file: RuleFile, candidate: Candidate, label: str) -> Ed
     if reason:
         return "block", f"{cls.name}: {reason}"
     start = draft.start or rule.start
+    if start != "fitted" and getattr(options, "nmse", None) is not None:
+        return "start", f"{cls.name}.nmse chooses the heads of a fitted start, this one is {start}; use start: fitted"
     how = _how(cls, place, options, rule.action, start)
     if how in ("holds the conv", FITTED) and (own := computed_weight(draft.model, site.path)):
         how = "blend" if how != FITTED and cls.span == "conv" else None

@@ -13,6 +13,9 @@ from convrewrite.plans import Plan
 _ATTRIBUTE = "_convrewrite"  # a plain attribute: not in the state dict, and copied with the module
 
 
+_FUSED = "_convrewrite_fused"
+
+
 @dataclass(frozen=True)
 class Since:
     """What was done to a model after its rewrite, beside changing the values of tensors.
@@ -77,6 +80,13 @@ def attach(
     setattr(model, _ATTRIBUTE, Provenance(plan, identity, source, since or Since()))
 
 
+def note_plan(model: nn.Module, plan: Plan) -> None:
+    """Note on a rewritten `model` the plan as it was carried out, in place of the one that it was made with."""
+    note = of(model)
+    if note is not None:
+        setattr(model, _ATTRIBUTE, replace(note, plan=plan))
+
+
 def note_since(model: nn.Module, since: Since) -> None:
     """Note on a rewritten `model` what was done to it since; nothing on a model that was never rewritten."""
     note = of(model)
@@ -103,3 +113,13 @@ def recipe_of(model: nn.Module) -> dict[str, Any] | None:
         "plan": note.plan.to_dict(),
     }
     return recipe if note.since == Since() else {**recipe, "since": note.since.to_dict()}
+
+
+def mark_fused(model: nn.Module) -> None:
+    """Note on `model` that `convrewrite.fuse` made it: no plan leads to what it is."""
+    setattr(model, _FUSED, True)
+
+
+def is_fused(model: nn.Module) -> bool:
+    """Whether `convrewrite.fuse` made `model`."""
+    return bool(vars(getattr(model, "_orig_mod", model)).get(_FUSED))

@@ -85,6 +85,9 @@ def save(
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
     note = provenance.of(model)
+    if provenance.is_fused(model):
+        fix = "save the model before fuse(), and fuse what load() returns; or export it"
+        raise StoreError("a fused model is not saved", where=type(model).__name__, fix=fix)
     if note is None:
         name = type(model).__name__
         raise StoreError("the model was not rewritten by convrewrite", where=name, fix="save what rewrite() returned")
@@ -138,7 +141,7 @@ def load(
     recipe, plan = _read(place)
     if sha256(place / _TENSORS) != recipe["tensors_sha256"]:
         raise StoreError("the file is damaged (its SHA-256 is not the recipe's)", where=str(place / _TENSORS))
-    original = _original(recipe, base, str(place))
+    original = original_of(recipe, base, str(place))
     since = _since(recipe, str(place))
     model = _edited(original, plan, since)
     tensors, aliases = read_tensors(place / _TENSORS)
@@ -172,7 +175,7 @@ def replay(recipe: Mapping[str, Any]) -> nn.Module:
     plan = Plan.from_json(json.dumps(recipe["plan"]), where="the recipe's plan")
     saved = {"source": recipe["base"], "identity": recipe["identity"], "versions": {}}
     since = _since(recipe, str(recipe["name"]))
-    model = _edited(_original(saved, None, str(recipe["name"])), plan, since)
+    model = _edited(original_of(saved, None, str(recipe["name"])), plan, since)
     provenance.attach(model, plan=plan, identity=recipe["identity"], source=recipe["base"], since=since)
     return model
 
@@ -191,7 +194,7 @@ def _since(recipe: Mapping[str, Any], where: str) -> Since:
         raise StoreError("the recipe is damaged ('since')", where=where, fix="save the model again") from None
 
 
-def _original(recipe: Mapping[str, Any], base: nn.Module | Callable[[], nn.Module] | None, where: str) -> nn.Module:
+def original_of(recipe: Mapping[str, Any], base: nn.Module | Callable[[], nn.Module] | None, where: str) -> nn.Module:
     """The model before the rewrite, checked to be the one that was rewritten."""
     if isinstance(base, nn.Module):
         original = base

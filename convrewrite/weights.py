@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import re
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from convrewrite.errors import ConvrewriteError, SourceError
+from convrewrite.exportedfile import SUFFIX, ExportedFile
 
 if TYPE_CHECKING:
     from convrewrite.sources import Source
 
-_SUFFIXES = (".pth", ".pt", ".safetensors", ".bin", ".ckpt", ".tar", ".th")
+_SUFFIXES = (".pth", ".pt", ".safetensors", ".bin", ".ckpt", ".tar", ".th", SUFFIX)
 _INSIDE = ("state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema")
 _PREFIXES = ("module.", "_orig_mod.")
 _SHOWN = 3
@@ -38,7 +40,7 @@ def is_file(weights: str) -> bool:
     return path.suffix.lower() in _SUFFIXES or "/" in weights or os.sep in weights or path.is_file()
 
 
-def load_weights(model: nn.Module, spec: str, source: Source) -> None:
+def load_weights(model: nn.Module, spec: str, source: Source) -> tuple[str, ...]:
     """Load `spec` into `model`, all of it or nothing.
 
     Args:
@@ -46,15 +48,26 @@ def load_weights(model: nn.Module, spec: str, source: Source) -> None:
         spec: ``DEFAULT`` or the name of weights of the model's zoo, or a file: a ``.safetensors``, or a
             ``torch.save`` of a state dict, alone or under ``state_dict``, ``model``, ``model_state_dict`` or
             ``state_dict_ema``, with or without the ``module.`` of DataParallel; or a checkpoint of Lightning, whose
-            module may hold the model as an attribute (``model.``, ``net.``) beside others.
+            module may hold the model as an attribute (``model.``, ``net.``) beside others; or a ``.pt2``.
         source: where `model` came from.
+
+    Returns:
+        What was chosen among the contents of the file, a line each; nothing where there was no choice.
 
     Raises:
         SourceError: there are no such weights, they cannot be read, or they do not fit.
     """
     wanted = model.state_dict()
-    state = _of_attribute(read_state(Path(spec)), wanted) if is_file(spec) else _of_zoo(spec, source)
-    state = _adapted(state, wanted, model)
+    notes: list[str] = []
+    state = _of_attribute(read_state(Path(spec), notes), wanted, notes) if is_file(spec) else _of_zoo(spec, source)
+    load_state(model, state, spec, source)
+    return tuple(f"{spec}: {note}" for note in notes)
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], spec: str, source: Source) -> None:
+    """Load a state dict at hand, which came from `spec`, as `load_weights` does."""
+    wanted = model.state_dict()
+    state = _adapted(dict(state), wanted, model)
     _check_fit(state, wanted, spec, source)
     if not any(value.is_meta for value in wanted.values() if isinstance(value, Tensor)):
         load_exactly(model, state)
@@ -71,16 +84,21 @@ def load_exactly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     model.load_state_dict(noted, strict=True)
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path, notes: list[str] | None = None) -> dict[str, Tensor]:
     """The state dict in a file, freed of wrappings; tensors on the CPU.
+
+    Args:
+        notes: where it is said which of several state dicts was taken.
 
     Raises:
         SourceError: there is no such file, or it holds anything but tensors.
     """
     if not path.is_file():
         raise SourceError("there is no such file", where=str(path))
-    found = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_torch(path)
-    found = _unwrapped(found)
+    suffix = path.suffix.lower()
+    if suffix == SUFFIX:
+        return ExportedFile(path).state_dict()
+    found = _unwrapped(_read_safetensors(path) if suffix == ".safetensors" else _read_torch(path), notes)
     if not isinstance(found, Mapping) or not found:
         kind = "an empty dictionary" if isinstance(found, Mapping) else f"a {type(found).__name__}"
         raise SourceError(f"this is {kind}, not a state dict", where=str(path))
@@ -106,7 +124,7 @@ def _read_torch(path: Path) -> Any:
             warnings.simplefilter("ignore")  # about TorchScript archives, which are refused below
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        return _read_lightning(path, error)
+        return _read_script(path, error) if "argparse.Namespace" in str(error) else _read_lightning(path, error)
     except Exception as error:  # truncated and foreign files end in any of a dozen exceptions
         if "TorchScript" in str(error):
             raise SourceError(
@@ -115,6 +133,24 @@ def _read_torch(path: Path) -> Any:
                 fix="save torch.jit.load(file).state_dict() instead",
             ) from error
         raise SourceError(f"not a readable checkpoint ({_first_line(error)})", where=str(path)) from error
+
+
+def _read_script(path: Path, first: pickle.UnpicklingError) -> Any:
+    """A checkpoint of timm's or torchvision's training scripts: its ``args`` are a Namespace, which is plain data.
+
+    Of any other file the `first` error stands.
+    """
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _not_only_tensors(path, str(error)) from error
+    weights = _unwrapped(found)
+    held = isinstance(weights, Mapping) and any(isinstance(value, Tensor) for value in weights.values())
+    if not held or not isinstance(found.get("args"), argparse.Namespace):
+        raise _not_only_tensors(path, str(first)) from first
+    return found
 
 
 def _read_lightning(path: Path, first: pickle.UnpicklingError) -> Any:
@@ -134,18 +170,30 @@ def _read_lightning(path: Path, first: pickle.UnpicklingError) -> Any:
     return found
 
 
-def _of_attribute(state: dict[str, Tensor], wanted: Mapping[str, Any]) -> dict[str, Tensor]:
+def _of_attribute(state: dict[str, Tensor], wanted: Mapping[str, Any], notes: list[str]) -> dict[str, Tensor]:
     """The entries below one attribute, without its name, where exactly that gives the keys of the model.
 
     A Lightning module has the network as an attribute of any name, and metrics or losses as others.
     """
-    heads = {key.partition(".")[0] + "." for key in state if "." in key}
     keys = {key for key in wanted if not key.endswith("num_batches_tracked")}
-    for head in sorted(heads):
+    if not keys or keys <= state.keys():
+        return state
+    last = min(keys)
+    fitting = {}
+    for head in sorted(key.removesuffix(last) for key in state if key.endswith(f".{last}")):
         below = {key.removeprefix(head): value for key, value in state.items() if key.startswith(head)}
-        if keys and keys <= below.keys() <= set(wanted) and not keys <= state.keys():
-            return below
-    return state
+        if keys <= below.keys() <= set(wanted):
+            fitting[head] = below
+    if not fitting:
+        return state
+    head, below = next(iter(fitting.items()))
+    others, left = [f"'{other}'" for other in fitting if other != head], len(state) - len(below)
+    if others:
+        notes.append(f"the entries below '{head}' were taken; those below {_some(others)} would fit too")
+    elif left or head not in (*_PREFIXES, *(a + b for a in _PREFIXES for b in _PREFIXES)):
+        rest = f", {left} other{'s' * (left > 1)} left out" if left else ""
+        notes.append(f"the entries below '{head}' were taken{rest}")
+    return below
 
 
 def _not_only_tensors(path: Path, message: str) -> SourceError:
@@ -159,12 +207,15 @@ def _not_only_tensors(path: Path, message: str) -> SourceError:
     )
 
 
-def _unwrapped(found: Any) -> Any:
+def _unwrapped(found: Any, notes: list[str] | None = None) -> Any:
     while isinstance(found, Mapping) and not any(isinstance(value, Tensor) for value in found.values()):
-        inner = next((found[key] for key in _INSIDE if isinstance(found.get(key), Mapping)), None)
-        if inner is None:
+        inside = [key for key in _INSIDE if isinstance(found.get(key), Mapping)]
+        if not inside:
             break
-        found = inner
+        if notes is not None and len(inside) > 1:
+            others = _some([f"'{key}'" for key in inside[1:]])
+            notes.append(f"the weights under '{inside[0]}' were taken; {others} is there too")
+        found = found[inside[0]]
     return found
 
 

@@ -64,6 +64,19 @@ def _fpn(levels: range) -> dict[Key, int]:
     return {("neck", role, stage): 1 for stage in levels for role in ("pointwise", "basic_spatial")}
 
 
+# torchvision/models/resnet.py: conv1; 3, 4, 6, 3 basic blocks of two 3x3; projections from layer2 on.
+RESNET34: dict[Key, int] = {
+    ("backbone", "stem", 0): 1,
+    ("backbone", "basic_spatial", 1): 6,
+    ("backbone", "basic_spatial", 2): 8,
+    ("backbone", "basic_spatial", 3): 12,
+    ("backbone", "basic_spatial", 4): 6,
+    ("backbone", "downsample", 2): 1,
+    ("backbone", "downsample", 3): 1,
+    ("backbone", "downsample", 4): 1,
+}
+
+
 @dataclass(frozen=True)
 class Dense:
     """One model: a torchvision name, one with its source before a colon, or a small network of the test in capitals.
@@ -426,5 +439,96 @@ TABLES = [
             "model.10.conv": ("neck", "pointwise", 4),
         },
         size=640,
+    ),
+    Dense(
+        "smp_unet",
+        # segmentation_models_pytorch/decoders/unet: ResNet-34; five decoder blocks of two 3x3 at 14, 28, 56, 112 and
+        # 224 px, the last two above stage 1; a 3x3 for the masks.
+        "smp:Unet",
+        {
+            **RESNET34,
+            ("neck", "basic_spatial", 3): 2,
+            ("neck", "basic_spatial", 2): 2,
+            ("neck", "basic_spatial", 1): 2,
+            ("neck", "basic_spatial", 0): 4,
+            ("head", "head", 4): 1,
+        },
+        {
+            "decoder.blocks.0.conv1.0": ("neck", "basic_spatial", 3),
+            "decoder.blocks.3.conv2.0": ("neck", "basic_spatial", 0),
+            "segmentation_head.0": ("head", "head", 4),
+        },
+    ),
+    Dense(
+        "smp_fpn",
+        # segmentation_models_pytorch/decoders/fpn: ResNet-34; a lateral 1x1 for each of four levels; a 3x3 before each
+        # doubling on the way of P5 (7, 14, 28 px), P4 (14, 28) and P3 (28) to P2's 56 px, where P2 has one; a 1x1.
+        "smp:FPN",
+        {
+            **RESNET34,
+            **{("neck", "pointwise", stage): 1 for stage in (1, 2, 3, 4)},
+            ("neck", "basic_spatial", 4): 1,
+            ("neck", "basic_spatial", 3): 2,
+            ("neck", "basic_spatial", 2): 3,
+            ("neck", "basic_spatial", 1): 1,
+            ("head", "head", 4): 1,
+        },
+        {
+            "decoder.p5": ("neck", "pointwise", 4),
+            "decoder.p2.skip_conv": ("neck", "pointwise", 1),
+            "decoder.seg_blocks.0.block.2.block.0": ("neck", "basic_spatial", 2),
+            "decoder.seg_blocks.3.block.0.block.0": ("neck", "basic_spatial", 1),
+        },
+    ),
+    Dense(
+        "darknet",
+        # timm/models/cspnet.py, darknet53: a 3x3, then five stages at 112, 56, 28, 14, 7 px of a strided 3x3 and 1, 2,
+        # 8, 8, 4 residual pairs of 1x1 and 3x3. The first strided one comes before every block.
+        "timm:darknet53",
+        {
+            ("backbone", "stem", 0): 2,
+            **{("backbone", "pointwise", s): n for s, n in zip(range(1, 6), (1, 2, 8, 8, 4), strict=True)},
+            **{("backbone", "basic_spatial", s): n for s, n in zip(range(1, 6), (1, 2, 8, 8, 4), strict=True)},
+            **{("backbone", "downsample", s): 1 for s in range(2, 6)},
+        },
+        {"stages.0.conv_down.conv": ("backbone", "stem", 0), "stages.1.conv_down.conv": ("backbone", "downsample", 2)},
+    ),
+    Dense(
+        "convmixer",
+        # timm/models/convmixer.py: patches of 7x7; 32 times a depthwise 9x9 under a skip, which is the block, and a
+        # 1x1 after it, between two blocks; nothing but the last 1x1 comes after the last block.
+        "timm:convmixer_768_32",
+        {
+            ("backbone", "stem", 0): 1,
+            ("backbone", "depthwise", 1): 32,
+            ("backbone", "transition", 1): 31,
+            ("head", "head", 1): 1,
+        },
+    ),
+    Dense(
+        "vovnet",
+        # timm/models/vovnet.py, vovnet39a: three 3x3; 1, 1, 2, 2 blocks at 56, 28, 14, 7 px that gather five 3x3 in a
+        # row; a 1x1 after each concatenation. It is the one that the branches of the next block share where that
+        # follows without a pooling, as in the last two stages; the last of all comes after the last block.
+        "timm:vovnet39a",
+        {
+            ("backbone", "stem", 0): 3,
+            **{("backbone", "basic_spatial", s): n for s, n in zip(range(1, 5), (5, 5, 10, 10), strict=True)},
+            **{("backbone", "transition", s): 1 for s in (1, 2, 3)},
+            **{("backbone", "pointwise", s): 1 for s in (3, 4)},
+            ("head", "head", 4): 1,
+        },
+        {
+            "stages.2.blocks.0.conv_concat.conv": ("backbone", "pointwise", 3),
+            "stages.2.blocks.1.conv_concat.conv": ("backbone", "transition", 3),
+            "stages.3.blocks.1.conv_concat.conv": ("head", "head", 4),
+        },
+    ),
+    Dense(
+        "resnetv2",
+        # timm/models/resnetv2.py: ResNet-50 with the norms first; the classifier is a 1x1 convolution.
+        "timm:resnetv2_50",
+        {**RESNET50, ("head", "head", 4): 1},
+        {"head.fc": ("head", "head", 4)},
     ),
 ]

@@ -280,7 +280,6 @@ def one_line(result: Result) -> str:
         (("inspect", "resnet5"), "did you mean 'resnet50'"),
         (("inspect", f"{NETS}:Residul"), "did you mean 'Residual'"),
         (("inspect", "nowhere.py:net"), "nowhere.py"),
-        (("inspect", NET, "--input", "3x12x12"), "batch x channels x height x width"),
         (("inspect", NET, "--input", "1x4x12x12"), "1x4x12x12"),
         (("inspect", NET, *SIZE, "--select", "rol:stem"), "did you mean 'role'"),
         (("inspect", NET, *SIZE, "--select", "role:stm"), "did you mean 'stem'"),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +38,12 @@ PROMISES: dict[str, list[str]] = {
         r"^files: curves\.png history\.csv model\.safetensors plan\.json recipe\.json training\.json$",
         r"^same output, bit for bit: True$",
     ],
+    "hf_trainer": [
+        r"^class: ResNetForImageClassification$",
+        r"^after 6 steps: anneal 1\.00$",
+        r"^same output, bit for bit: True$",
+    ],
+    "lightning_finetune": [r"^after 6 steps: anneal 1\.00$", r"^same output, bit for bit: True$"],
     "own_block": [
         r"^1 after: context_gate, 82 parameters, start exact \(zero gate\)$",
         r"^laws held: True$",
@@ -62,7 +70,12 @@ PROMISES: dict[str, list[str]] = {
         r"^same output, bit for bit: True$",
     ],
     "save_and_load": [r"^files: model.safetensors plan.json recipe.json ", r"^same output, bit for bit: True$"],
+    "timm_train": [
+        r"^decay: carried 0\.05, carried, no decay 0\.0, new 0\.05, new, no decay 0\.0$",
+        r"^same output, bit for bit: True$",
+    ],
 }
+NEEDS = {"hf_trainer": "transformers", "lightning_finetune": "lightning", "timm_train": "timm"}
 ARGUMENTS = {"picture": ["resnet18", str(FOLDER / "late_stages.yaml"), "picture.svg"]}
 
 
@@ -84,12 +97,17 @@ def test_example_does_what_it_promises(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = FOLDER / f"{name}.py"
+    if name in NEEDS:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of packages that are not ours, while they are imported
+            pytest.importorskip(NEEDS[name])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", [str(path), *ARGUMENTS.get(name, [])])
     spec = importlib.util.spec_from_file_location(f"example_{name}", path)
     assert spec is not None
     assert spec.loader is not None
     example = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, example)
     begun = time.process_time()
     with torch.random.fork_rng():
         spec.loader.exec_module(example)

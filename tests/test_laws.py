@@ -301,3 +301,37 @@ def test_an_amplified_drift_of_a_hundred_tolerances_is_broken() -> None:
     case.rewritten[0].register_forward_hook(lambda module, args, y: y + noise)
     assert case.by_parts("eval")[0] < 1e-5
     assert start(case).status == "broken"
+
+
+class Idle(nn.Module):
+    """An auxiliary convolution runs in training, and its output goes nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.last = nn.Conv2d(8, 8, 3, padding=1)
+        self.auxiliary = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        self.auxiliary(x)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("start", ["exact", "fresh"])
+def test_no_gradient_is_asked_for_where_the_convolution_had_none(start: str) -> None:
+    rule = {"id": "all", "match": {"kernel": 3}, "replace": {"block": "sasa", "heads": 1}, "start": start}
+    rules = {"version": 1, "name": "idle", "rules": [rule]}
+    report = cr.rewrite(Idle(), rules, example=(2, 3, 8, 8)).report
+    assert report.ok
+    assert len(report.plan.edits) == 3
+
+    blocked = cr.Pass("sabotage", lambda work: _without_gradient(work.edited.model.last), after="edit")
+    with pytest.raises(LawError, match="alive: no gradient reaches"):
+        cr.rewrite(Idle(), rules, example=(2, 3, 8, 8), passes=[blocked])
+
+
+def _without_gradient(module: nn.Module) -> None:
+    module.register_forward_pre_hook(lambda module, args: tuple(a.detach() for a in args))
+    inner = getattr(module, "block", module)
+    inner.forward = torch.no_grad()(inner.forward)

@@ -72,7 +72,8 @@ def sites_of(table: Dense) -> tuple[Site, ...]:
         if table.model in NETS:
             return cr.inspect(NETS[table.model](), example=(1, 3, table.size, table.size))
         if ":" in table.model:
-            pytest.importorskip(table.model.partition(":")[0])
+            source = table.model.partition(":")[0]
+            pytest.importorskip({"smp": "segmentation_models_pytorch"}.get(source, source))
             return cr.inspect(resolve(table.model, meta=True).model, example=(1, 3, table.size, table.size))
         options = {} if table.model.startswith("raft") else {"weights_backbone": None}
         with torch.device("meta"):

@@ -323,3 +323,62 @@ def test_such_settings_excuse_nothing_in_a_file_of_another_kind(
     del saved["pytorch-lightning_version"]
     with pytest.raises(SourceError, match=r"holds a pickled lightning\.\S*AttributeDict, and pickles are not loaded"):
         _load(saved, path)
+
+
+# --- what is said about a choice, and checkpoints of training scripts ---
+
+
+def _notes(saved: Any, path: Path) -> tuple[str, ...]:
+    torch.save(saved, path)
+    model = Residual()
+    notes = load_weights(model, str(path), _source(model))
+    assert _all_half(model)
+    return notes
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_where_there_is_no_choice_nothing_is_said(state: dict[str, Tensor], path: Path, prefix: str) -> None:
+    assert _notes({"state_dict": {prefix + key: value for key, value in state.items()}}, path) == ()
+
+
+@pytest.mark.parametrize("prefix", ["model.", "model._orig_mod.", "student.net.", "model.module."])
+def test_the_prefix_that_was_taken_off_is_named(
+    state: dict[str, Tensor], path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str
+) -> None:
+    said = f"{path}: the entries below '{prefix}' were taken, 1 other left out"
+    assert _notes(_lightning(state, monkeypatch, prefix), path) == (said,)
+
+
+def test_two_networks_in_one_file_are_both_named(state: dict[str, Tensor], path: Path) -> None:
+    both = {f"model.{key}": value for key, value in state.items()}
+    both |= {f"teacher.{key}": torch.zeros_like(value) for key, value in state.items()}
+    said = f"{path}: the entries below 'model.' were taken; those below 'teacher.' would fit too"
+    assert _notes({"state_dict": both}, path) == (said,)
+
+
+def test_a_checkpoint_of_torchvisions_scripts_is_read_with_its_arguments(state: dict[str, Tensor], path: Path) -> None:
+    average = {f"module.{key}": torch.zeros_like(value) for key, value in state.items()}
+    saved = {
+        "model": state,
+        "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]},
+        "model_ema": {"n_averaged": torch.tensor(3), **average},
+        "args": argparse.Namespace(model="resnet18", epochs=3, lr=0.1),
+    }
+    said = f"{path}: the weights under 'model' were taken; 'model_ema' is there too"
+    assert _notes(saved, path) == (said,)
+
+
+def test_averaged_weights_alone_are_read_without_their_counter(state: dict[str, Tensor], path: Path) -> None:
+    average = {f"module.{key}": value for key, value in state.items()}
+    said = f"{path}: the entries below 'module.' were taken, 1 other left out"
+    assert _notes({"model_ema": {"n_averaged": torch.tensor(3), **average}}, path) == (said,)
+
+
+def test_a_namespace_anywhere_else_is_still_a_pickle(state: dict[str, Tensor], path: Path) -> None:
+    with pytest.raises(SourceError, match=r"holds a pickled argparse\.Namespace, and pickles are not loaded"):
+        _load({"state_dict": state, "owner": argparse.Namespace(name="x")}, path)
+
+
+def test_arguments_excuse_no_other_class(state: dict[str, Tensor], path: Path) -> None:
+    with pytest.raises(SourceError, match=r"holds a pickled \S*PosixPath, and pickles are not loaded"):
+        _load({"model": state, "args": argparse.Namespace(output=path)}, path)

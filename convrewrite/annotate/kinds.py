@@ -56,6 +56,9 @@ def kind(region: Region, node: fx.Node) -> str:
         return FUNCTIONAL_CONVS[node.target]
     if node.op in ("call_function", "call_method"):
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "call")
+        if isinstance(node.target, torch._ops.OpOverload):  # exported: add_.Tensor, upsample_nearest2d.vec
+            name = name.partition(".")[0].rstrip("_")
+            name = "interpolate" if name.startswith("upsample_") else name
         return _plain(name.strip("_") if name.startswith("_") else name)
     return node.op
 

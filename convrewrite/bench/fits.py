@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from convrewrite.calibration.moments import scale_of
 from convrewrite.calibration.watching import norms_after, resting, watch
 from convrewrite.errors import ConvrewriteError
 from convrewrite.fits.base import FITS, refuse_fit
-from convrewrite.fits.target import prior
+from convrewrite.fits.target import Target, Window, prior
 from convrewrite.pipeline import inspect, rewrite
 from convrewrite.ruleschema import Rule
 from convrewrite.sites import Site
@@ -28,23 +28,37 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Contender:
-    """A block with options."""
+    """A block with options.
+
+    Attributes:
+        start: "fitted", or "fresh" for what random attention gives.
+        whole: measured in place of all convolutions of the digits' network at once, too.
+    """
 
     name: str
     block: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    start: Literal["fitted", "fresh"] = "fitted"
+    whole: bool = False
 
+
+_EIGHT = {"heads": 8, "window": 3}
 
 CONTENDERS = (
-    Contender("sasa, 8 heads", "sasa", {"heads": 8, "window": 3}),
-    Contender("outlook, 8 heads", "outlook", {"heads": 8}),
+    Contender("random sasa_wide, 4 heads", "sasa_wide", {"heads": 4}, "fresh", whole=True),
+    Contender("sasa, 8 heads", "sasa", _EIGHT, whole=True),
+    Contender("sasa, 8 heads, offset bias", "sasa", {**_EIGHT, "offset_bias": True}, whole=True),
+    Contender("sasa, 8 heads, projection", "sasa", {**_EIGHT, "offset_bias": True, "projection": True}, whole=True),
+    Contender("outlook, C/32 heads", "outlook"),
+    Contender("outlook, 8 heads", "outlook", {"heads": 8}, whole=True),
     Contender("aa_conv, a quarter, last", "aa_conv", {"heads": 4, "upsilon": 0.25}),
     Contender("aa_conv, a quarter, chosen", "aa_conv", {"heads": 4, "upsilon": 0.25, "outputs": "chosen"}),
-    Contender("acmix, 4 heads", "acmix", {"heads": 4}),
+    Contender("acmix, 4 heads", "acmix", {"heads": 4}, whole=True),
     Contender("sasa_wide, 2 heads", "sasa_wide", {"heads": 2}),
-    Contender("sasa_wide, 4 heads", "sasa_wide", {"heads": 4}),
+    Contender("sasa_wide, 4 heads", "sasa_wide", {"heads": 4}, whole=True),
     Contender("sasa_wide, 6 heads", "sasa_wide", {"heads": 6}),
-    Contender("sasa_wide, 9 heads", "sasa_wide", {"heads": 9}),
+    Contender("sasa_wide, 9 heads", "sasa_wide", {"heads": 9}, whole=True),
+    Contender("sasa_wide, NMSE 0.03", "sasa_wide", {"nmse": 0.03}, whole=True),
 )
 
 
@@ -86,11 +100,20 @@ def layers(
     with resting(model):
         followers = norms_after(model, [s.path for s in sites], first)
     for site in sites:
+        measured: dict[Window, Target] = {}  # large, and the same for all blocks with one window
         for contender in contenders:
-            yield _layer(model, images, site, contender, followers.get(site.path))
+            if contender.start == "fitted":
+                yield _layer(model, images, site, contender, followers.get(site.path), measured)
 
 
-def _layer(model: nn.Module, images: Images, site: Site, contender: Contender, norm: nn.BatchNorm2d | None) -> Layer:
+def _layer(
+    model: nn.Module,
+    images: Images,
+    site: Site,
+    contender: Contender,
+    norm: nn.BatchNorm2d | None,
+    measured: dict[Window, Target],
+) -> Layer:
     cls = BLOCKS.get(contender.block)
     options = cls.Options(**contender.options)
     why = cls.refuse(site.place(), options) or refuse_fit(contender.block, site.place(), options)
@@ -102,13 +125,16 @@ def _layer(model: nn.Module, images: Images, site: Site, contender: Contender, n
     found = []
     for with_images in (False, True):
         torch.manual_seed(0)
-        block = cls(site.place(), options)
         window = fit.window(site.conv, options)
         target = prior(conv.weight, conv.bias, site.conv, window)
         if with_images:
-            target = measure_site(
-                model, model, site.path, contender.block, options, site.conv, images.fit, 1, scale, Settings(), 0
-            )
+            if window not in measured:
+                measured[window] = measure_site(
+                    model, model, site.path, contender.block, options, site.conv, images.fit, 1, scale, Settings(), 0
+                )
+            target = measured[window]
+        block = cls(site.place(), options)
+        block = cls(site.place(), fit.settle(block, site.conv, target))
         fit.solve(block, site.conv, target)
         found.append(_error(model, block, site.path, images.held_out, scale))
     return Layer(contender.name, site.id, found[0], found[1])
@@ -133,9 +159,9 @@ def whole(
     original = accuracy(model, *test)
     for contender in contenders:
         change = {"block": contender.block, **contender.options}
-        rule = Rule(id="all", match={"kernel": 3}, replace=change, start="fitted")
-        shape = (1, *images.shape[1:])
-        made, report = rewrite(model, rule, example=shape, calibrate=images, calibrate_images=use, force=True)
+        rule = Rule(id="all", match={"kernel": 3}, replace=change, start=contender.start)
+        shape, data = (1, *images.shape[1:]), images if contender.start == "fitted" else None
+        made, report = rewrite(model, rule, example=shape, calibrate=data, calibrate_images=use, force=True)
         yield Whole(contender.name, len(report.plan.edits), original, accuracy(made, *test))
 
 

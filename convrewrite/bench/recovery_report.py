@@ -22,6 +22,9 @@ STYLES = {
 }
 """Label, colour (of Okabe and Ito's palette) and line of each condition; told apart without colour too."""
 
+EQUAL = 1e-9
+"""Means that differ by less are the same: one image in a thousand differs by 1e-3."""
+
 ORDER = ("exact", "fitted", "random", "scratch")
 
 
@@ -113,6 +116,61 @@ def markdown(rows: Sequence[Row], images: int) -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """One start of one block against random attention and against the original.
+
+    Attributes:
+        steps, random: median steps to the original's accuracy, None if it was not reached in the steps of the run.
+        alone: the step from which on no convolution is left beside the blocks.
+        tenth: whether `steps` is at most a tenth of `random`, or of all steps where random attention did not arrive.
+        end, original, trained: mean accuracy at the end; of the original as it was, and trained on for as long.
+    """
+
+    block: str
+    condition: str
+    steps: float | None
+    random: float | None
+    alone: int
+    tenth: bool
+    end: float
+    original: float
+    trained: float
+
+
+def verdicts(rows: Sequence[Row], images: int) -> Iterator[Verdict]:
+    """Of every start that keeps the weights, where random attention was run too."""
+    total = max((row["points"][-1][0] for row in rows), default=0)
+    found = {(s.block, s.condition): s for s in summaries(rows, images)}
+    for (block, condition), start in found.items():
+        random = found.get((block, "random"))
+        if condition in ("original", "random", "scratch") or random is None:
+            continue
+        seeds = [r["seed"] for r in rows if (r["block"], r["condition"]) == (block, condition)]
+        on = [r["points"][-1][1] for r in rows if r["condition"] == "original" and r["seed"] in seeds]
+        steps, others = median_step(start.reached), median_step(random.reached)
+        limit = (total if others is None else others) / 10
+        alone = next(r.get("alone", 0) for r in rows if (r["block"], r["condition"]) == (block, condition))
+        tenth = steps is not None and steps <= limit
+        yield Verdict(block, condition, steps, others, alone, tenth, start.end, start.original, statistics.fmean(on))
+
+
+def verdict_table(rows: Sequence[Row], images: int) -> str:
+    """The criteria as Markdown, a line for each start."""
+    total = max((row["points"][-1][0] for row in rows), default=0)
+    lines = [
+        "| block | start | steps | random | a tenth? | last convolution goes at | at the end | original | trained on "
+        "| at or above? |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for v in verdicts(rows, images):
+        steps, random = (f"more than {total}" if n is None else f"{n:g}" for n in (v.steps, v.random))
+        shares = f"{v.end:.1%} | {v.original:.1%} | {v.trained:.1%}"
+        tenth, above = ("yes" if held else "no" for held in (v.tenth, v.end >= v.original - EQUAL))
+        lines.append(f"| `{v.block}` | {v.condition} | {steps} | {random} | {tenth} | {v.alone} | {shares} | {above} |")
+    return "\n".join(lines)
+
+
 def picture(rows: Sequence[Row], path: Path) -> None:
     """A panel for each block: accuracy against steps, mean and range over the seeds, as PNG.
 
@@ -139,7 +197,7 @@ def picture(rows: Sequence[Row], path: Path) -> None:
         if number > len(blocks) - columns:
             axes.set_xlabel("optimizer steps (log from 1 on)")
         if number % columns == 1 or columns == 1:
-            axes.set_ylabel("accuracy on held-out digits (log of error)")
+            axes.set_ylabel("accuracy (log of error)")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), columns + 1))
     try:
         figure.savefig(path, dpi=120, format="png")

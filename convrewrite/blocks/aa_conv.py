@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Literal
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from convrewrite.blocks.base import Block, BlockOptions, register_block
 from convrewrite.blocks.centres import at_centres
+from convrewrite.blocks.folding import Affine, conv_of, fold, largest
 from convrewrite.blocks.held import check_conv
 from convrewrite.blocks.relative import holds_logits, relative_attention, streamed_width
 from convrewrite.blocks.relative_tiles import tile_elements
@@ -178,6 +180,33 @@ class AAConv(Block):
             if self.conv_out.bias is not None and conv.bias is not None:
                 self.conv_out.bias.copy_(conv.bias)
             self.attn_out.weight.zero_()
+
+    def plain(self) -> nn.Conv2d | None:
+        if self.content() != 0 or self.conv_out is None:
+            return None
+        return conv_of(self.spec, self.conv_out.weight, self.conv_out.bias, like=self.conv_out.weight)
+
+    def content(self) -> float | None:
+        return largest(self.attn_out.weight) if self.options.form == "residual" else None
+
+    def folded(self, after: Affine | None) -> AAConv | None:
+        if after is None:
+            return None
+        twin = copy.deepcopy(self)
+        scale, shift = after.scale, after.shift
+        if self.order is not None:  # y[order] is what comes out, so channel c is scaled by what order sends it to
+            back = self.order.argsort()
+            scale, shift = scale[back], shift[back]
+        rest = self.out_channels - self.values
+        last = Affine(scale[rest:], shift[rest:] if self.options.form == "concat" else torch.zeros_like(shift[rest:]))
+        if twin.conv_out is not None:
+            first = Affine(scale, shift) if self.options.form == "residual" else Affine(scale[:rest], shift[:rest])
+            fold(twin.conv_out, first)
+        if self.options.form == "residual":
+            twin.attn_out.weight = last.weight(self.attn_out.weight)
+        else:
+            fold(twin.attn_out, last)
+        return twin
 
     def forward(self, x: Tensor) -> Tensor:
         channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)

@@ -11,7 +11,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from convrewrite.blocks.base import Block, BlockOptions, query_grid, register_block
+from convrewrite.blocks.folding import Affine, largest
 from convrewrite.blocks.local import Axis, is_dense, local_attention, reads_maps, tile_counts
+from convrewrite.blocks.projections import is_small, project_maps, unbind_qkv
 from convrewrite.sites import ConvSpec, Cost, Place
 
 FLOAT_BYTES = 4
@@ -64,7 +66,7 @@ class ACmix(Block):
         B HW 6 C_in C_out + HW 4 d + B HoWo C_out (4 k^2 + 6 N kc^2) + 6 N C_out kc^4
 
     Reference:
-        Pan et al. 2022, arXiv 2111.14556, equations 8 to 14: our rate1, rate2 are alpha, beta; k is k_a and kc is k_c.
+        Pan et al. 2022, arXiv 2111.14556, sections 3 and 4: our rate1, rate2 are alpha, beta; k is k_a and kc is k_c.
         Parameter names and shapes are those of the authors' code (LeapLabTHU/ACmix), so its state dict loads
         with ``load_state_dict`` as it is (defaults only: layout "authors", rates "shared").
 
@@ -137,19 +139,27 @@ class ACmix(Block):
         """
         batch, _, height, width = x.shape
         heads, dim = self.options.heads, self.head_dim
+        weight, bias = self._projection(maps=maps)
+        if not maps:
+            pixels = x.flatten(2).transpose(1, 2)
+            if is_small(x):
+                pixels = pixels.flatten(0, 1)  # one product for all images, and the bias in it
+            tokens = F.linear(pixels, weight, bias)  # (B, H*W, 3*C)
+            return tokens.view(batch, height, width, 3, heads, dim)
+        qkv = project_maps(weight, x)  # (B, d*3*N, H*W)
+        if bias is not None:
+            qkv.add_(bias[:, None].to(qkv.dtype))  # convolutions are slower at this
+        return qkv.view(batch, dim, 3, heads, height, width).permute(0, 4, 5, 2, 3, 1)
+
+    def _projection(self, *, maps: bool) -> tuple[Tensor, Tensor | None]:
+        """Weight (3*C, C_in) and bias (3*C,) of q, k, v; with `maps` in the order of the convolution path's groups."""
         weight = torch.cat([self.conv1.weight, self.conv2.weight, self.conv3.weight]).flatten(1)
         bias = torch.cat([_bias(self.conv1), _bias(self.conv2), _bias(self.conv3)])
-        if not maps:
-            tokens = F.linear(x.flatten(2).transpose(1, 2), weight, bias)  # (B, H*W, 3*C)
-            return tokens.view(batch, height, width, 3, heads, dim)
-        weight = weight.view(3 * heads, dim, -1).transpose(0, 1).flatten(0, 1)
-        qkv = torch.matmul(weight, x.flatten(2))  # (B, d*3*N, H*W)
-        qkv.add_(bias.view(3 * heads, dim).t().reshape(-1, 1).to(qkv.dtype))  # convolutions are slower at this
-        return qkv.view(batch, dim, 3, heads, height, width).permute(0, 4, 5, 2, 3, 1)
+        return (in_groups(weight, self.head_dim), in_groups(bias, self.head_dim)) if maps else (weight, bias)
 
     def _attention(self, qkv: Tensor, y: Axis, x: Axis) -> Tensor:
         """The attention path, (B, Ho, Wo, C) with channel n * d + i."""
-        q, k, v = qkv.unbind(3)  # (B, H, W, N, d)
+        q, k, v = unbind_qkv(qkv)  # (B, H, W, N, d)
         q = q[:, y.start :: y.stride, x.start :: x.stride][:, : y.count, : x.count]
         out = local_attention(
             q,
@@ -175,11 +185,7 @@ class ACmix(Block):
     def _convolution(self, qkv: Tensor, y: Axis, x: Axis) -> Tensor:
         """rate2 times the convolution path, (B, Ho, Wo, C)."""
         heads, dim = self.options.heads, self.head_dim
-        weight = torch.einsum("otyx,ts->osyx", self.dep_conv.weight, self.fc.weight.flatten(1))  # (C, 3*N, kc, kc)
-        rate: Tensor = self.rate2
-        if self.options.layout == "ordered" and rate.numel() > 1:
-            rate = rate.view(heads, dim).t().flatten()  # to the dim-major order of the filters
-        weight = weight * rate.view(-1, 1, 1, 1)
+        weight, bias = self._filters()
         # The layout of the weight decides that of the work: on CPU the grouped convolution's backward is faster
         # channels last (a fifth of the block's step at 64 x 56 x 56); its forward alone is not worth copying q, k, v.
         trains = torch.is_grad_enabled() and (qkv.requires_grad or weight.requires_grad)
@@ -192,11 +198,32 @@ class ACmix(Block):
             grouped = F.pad(grouped, (0, 0, left, right, top, bottom))  # negative amounts crop
             padding = (0, 0)
         grouped = grouped.permute(0, 3, 1, 2)  # (B, d*3*N, H, W)
-        out = F.conv2d(grouped, weight, None, self.spec.stride, padding, self.spec.dilation, dim)
+        out = F.conv2d(grouped, weight, bias, self.spec.stride, padding, self.spec.dilation, dim)
         out = out.permute(0, 2, 3, 1)  # (B, Ho, Wo, d*N)
         if self.options.layout == "ordered":
             out = out.reshape(*out.shape[:3], dim, heads).transpose(3, 4).flatten(3)
         return out
+
+    def _filters(self) -> tuple[Tensor, Tensor | None]:
+        """The convolution path as one grouped convolution of q, k, v: (C, 3*N, kc, kc), times rate2, and its bias."""
+        weight = torch.einsum("otyx,ts->osyx", self.dep_conv.weight, self.fc.weight.flatten(1))
+        rate: Tensor = self.rate2
+        if self.options.layout == "ordered" and rate.numel() > 1:
+            rate = in_groups(rate, self.head_dim)  # to the dim-major order of the filters
+        return weight * rate.view(-1, 1, 1, 1), None
+
+    def plain(self) -> nn.Conv2d | None:
+        from convrewrite.blocks.acmix_fused import plain_acmix
+
+        return plain_acmix(self)
+
+    def content(self) -> float | None:
+        return largest(self.rate1)
+
+    def folded(self, after: Affine | None) -> ACmix | None:
+        from convrewrite.blocks.acmix_fused import FusedACmix
+
+        return FusedACmix(self, after)
 
     @classmethod
     def cost(cls, place: Place, options: BlockOptions) -> Cost:
@@ -223,6 +250,11 @@ class ACmix(Block):
             act_infer=FLOAT_BYTES * max(attention, convolution),
             act_train=FLOAT_BYTES * (kept + tiled + extra),
         )
+
+
+def in_groups(channels: Tensor, head_dim: int) -> Tensor:
+    """(heads * d, ...) -> (d * heads, ...): what belongs to one channel of the heads side by side."""
+    return channels.view(-1, head_dim, *channels.shape[1:]).transpose(0, 1).flatten(0, 1)
 
 
 def _bias(conv: nn.Conv2d) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from convrewrite.blocks.folding import Affine, followed
 from convrewrite.registry import Registry
 from convrewrite.sites import ConvSpec, Cost, Place
 
@@ -87,6 +88,36 @@ class Block(nn.Module):
     def load_conv(self, conv: nn.Conv2d) -> None:
         """Take over the weights of the convolution that is replaced, so that the output stays the same."""
         raise NotImplementedError(f"{type(self).__name__} does not hold a convolution")
+
+    def plain(self) -> nn.Conv2d | nn.Identity | None:
+        """The convolution that the block computes at present, or the identity; None where it attends to anything.
+
+        A new module with copies of the weights. What is left out is nothing, or less than rounding in float64.
+        """
+        return None
+
+    def content(self) -> float | None:
+        """Largest absolute weight that stands between the block and `plain`; None if no weights make it linear."""
+        return None
+
+    def folded(self, after: Affine | None) -> Block | None:
+        """A new block for inference that computes ``after(self(x))``, with what depends on weights alone done before.
+
+        None if the block ends in nothing that could take `after` up, or, without one, if nothing can be done before.
+        """
+        return None
+
+    def fused(self, after: Affine | None = None) -> nn.Module | None:
+        """What may stand in the block's place at inference and is less work, followed by `after` (a batch norm).
+
+        None if there is nothing, or nothing that takes `after` up.
+        """
+        plain = self.plain()
+        if isinstance(plain, nn.Conv2d):
+            return followed(plain, after)
+        if plain is not None and after is None:
+            return plain
+        return self.folded(after)
 
     def __getattr__(self, name: str) -> Any:
         """Stride, padding and the like of the convolution that stood here, since some models read them."""

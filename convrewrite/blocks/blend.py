@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from convrewrite.blocks.base import Block
+from convrewrite.blocks.folding import Affine, followed, is_plain
 from convrewrite.errors import ConvrewriteError
 from convrewrite.sites import ConvSpec, Cost, Place
 
@@ -71,6 +72,25 @@ class Blend(nn.Module):
             )
         return self.block
 
+    def fused(self, after: Affine | None = None) -> nn.Module | None:
+        """What may stand in its place at inference, followed by `after`: the block, the convolution, or both, weighed.
+
+        The convolution goes where its share is exactly 0, and the block where gate and anneal are.
+        """
+        gate, anneal = self.gate.detach().double().flatten(), self.anneal.double()
+        keep, take = (1 - gate) * (1 - anneal), gate * (1 - anneal) + anneal
+        if not bool(keep.any()):
+            return self.block.fused(after) or (self.block if after is None else None)
+        if not is_plain(self.conv):
+            return self.conv if after is None and not bool(take.any()) else None
+        after = after or Affine(torch.ones_like(keep), torch.zeros_like(keep))
+        conv = followed(self.conv, after.of(keep))
+        if not bool(take.any()):
+            return conv
+        weights = Affine(after.scale * take, torch.zeros_like(take))
+        block = self.block.fused(weights)
+        return Sum(conv, block) if block is not None else Sum(conv, self.block.fused() or self.block, weights.scale)
+
     @property
     def in_channels(self) -> int:
         return self.conv.in_channels
@@ -106,6 +126,28 @@ class Blend(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         return self.conv.bias
+
+
+class Sum(nn.Module):
+    """conv(x) + scale block(x): a `Blend` with its shares multiplied into the weights, as far as they can be.
+
+    Args:
+        scale: (C_out,); None if the block's output is scaled already.
+    """
+
+    scale: Tensor | None
+
+    def __init__(self, conv: nn.Module, block: nn.Module, scale: Tensor | None = None) -> None:
+        super().__init__()
+        self.conv, self.block = conv, block
+        like = next(conv.parameters())
+        self.register_buffer("scale", None if scale is None else scale.view(-1, 1, 1).to(like))
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        old: Tensor = self.conv(x)
+        new: Tensor = self.block(x).to(old.dtype)
+        return old + new if self.scale is None else torch.addcmul(old, new, self.scale.to(old.dtype))
 
 
 def blend_cost(conv: ConvSpec, place: Place, block_cost: Cost) -> Cost:

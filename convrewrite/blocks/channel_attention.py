@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from convrewrite.blocks.base import Block, BlockOptions, register_block
+from convrewrite.blocks.folding import largest
 from convrewrite.blocks.tokens import FLOAT_BYTES, attend, attend_elements, gated, refuse_change
 from convrewrite.sites import Cost, Place
 
@@ -58,6 +59,12 @@ class ChannelAttention(Block):
     @classmethod
     def refuse(cls, place: Place, options: BlockOptions) -> str | None:
         return refuse_change(cls.name, place)
+
+    def plain(self) -> nn.Identity | None:
+        return nn.Identity() if self.content() == 0 else None
+
+    def content(self) -> float:
+        return largest(self.gamma)
 
     def forward(self, x: Tensor) -> Tensor:
         return gated(x, self.gamma, self.attention(x))

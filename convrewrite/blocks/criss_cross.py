@@ -7,6 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from convrewrite.blocks.base import Block, BlockOptions, register_block
+from convrewrite.blocks.folding import largest
 from convrewrite.blocks.tokens import FLOAT_BYTES, gated, pointwise, refuse_change, softmax32, to_tokens
 from convrewrite.sites import Cost, Place
 
@@ -71,6 +72,12 @@ class CrissCross(Block):
     @classmethod
     def refuse(cls, place: Place, options: BlockOptions) -> str | None:
         return refuse_change(cls.name, place)
+
+    def plain(self) -> nn.Identity | None:
+        return nn.Identity() if self.content() == 0 else None
+
+    def content(self) -> float:
+        return largest(self.gamma)
 
     def forward(self, x: Tensor) -> Tensor:
         for _ in range(self.recurrence):

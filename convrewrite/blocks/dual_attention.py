@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from convrewrite.blocks.base import Block, BlockOptions, register_block
 from convrewrite.blocks.channel_attention import ChannelAttention, ChannelAttentionOptions
+from convrewrite.blocks.folding import largest
 from convrewrite.blocks.position_attention import PositionAttention, PositionAttentionOptions
 from convrewrite.blocks.tokens import FLOAT_BYTES, gated, refuse_change
 from convrewrite.sites import Cost, Place
@@ -80,6 +81,14 @@ class DualAttention(Block):
     @classmethod
     def refuse(cls, place: Place, options: BlockOptions) -> str | None:
         return refuse_change(cls.name, place)
+
+    def plain(self) -> nn.Identity | None:
+        return nn.Identity() if self.content() == 0 else None
+
+    def content(self) -> float:
+        if not self.options.convolutions:
+            return largest(self.sa.gamma, self.sc.gamma)
+        return largest(self.conv8.weight, self.conv8.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.options.convolutions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from itertools import product
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from convrewrite.blocks.base import Block, BlockOptions, conv_spec, query_grid, register_block
 from convrewrite.blocks.centres import at_centres
+from convrewrite.blocks.folding import Affine, conv_of, largest
 from convrewrite.errors import ConvrewriteError
 from convrewrite.sites import ConvSpec, Cost, Place
 
@@ -23,6 +25,9 @@ CONTENT_SHARE = 1 - 1 / (1 + math.exp(-1))
 HELD_LOCALITY = 40.0
 """Locality at which a head sees its tap alone: exp(-40), what is left for each neighbour, is nothing beside 1 even in
 float64, and is not yet zero in float32, so the positions still have a gradient, however small."""
+
+ONE_HOT = 37.0
+"""By how much a tap's logit has to lead its neighbours' for them to have less than 2^-53 of its weight."""
 
 KEY_ALIGNMENT = 8
 DENSE_PER_CHANNEL = 2
@@ -133,6 +138,33 @@ class GPSA(Block):
                 self.bias.copy_(conv.bias)
             self.position.copy_(_bumps(self.spec, HELD_LOCALITY))
             self.gate.zero_()
+
+    def plain(self) -> nn.Conv2d | None:
+        if self.content() != 0 or not self._one_hot():
+            return None
+        return conv_of(self.spec, self.weight, self.bias, like=self.weight)
+
+    def content(self) -> float:
+        return largest(self.gate)
+
+    def folded(self, after: Affine | None) -> GPSA | None:
+        if after is None:
+            return None
+        twin = copy.deepcopy(self)
+        twin.weight, twin.bias = after.weight(self.weight), after.bias(self.bias, self.weight)
+        return twin
+
+    def _one_hot(self) -> bool:
+        """Whether every head sees its own tap alone: what is left for others is less than rounding in float64."""
+        for axis in (0, 1):
+            taps = torch.tensor(_offsets(self.spec, axis), dtype=torch.float64)
+            tap = taps[:, None].expand(self.spec.kernel) if axis == 0 else taps.expand(self.spec.kernel)
+            linear, square = (self.position.detach().double().cpu()[:, i] for i in (1 - axis, 2))
+            # l(t) - l(t + s) for s = 1 and -1; farther ones are lower still, as the logits are concave.
+            lead = [-s * linear - square * (2 * s * tap.flatten() + 1) for s in (1, -1)]
+            if bool((square > 0).any()) or float(torch.stack(lead).min()) < ONE_HOT:
+                return False
+        return True
 
     def forward(self, x: Tensor) -> Tensor:
         channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)

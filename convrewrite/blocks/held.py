@@ -7,17 +7,26 @@ Where the patterns span the kernel's taps, P solves that for any given K, whatev
 
 from __future__ import annotations
 
+import copy
+from typing import TypeVar
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convrewrite.blocks.base import Block, conv_spec
+from convrewrite.blocks.folding import Affine
 from convrewrite.errors import ConvrewriteError
 from convrewrite.sites import ConvSpec
 
 Pair = tuple[int, int]
+Held = TypeVar("Held", bound=Block)
 
 RESIDUAL = 1e-9
 """Largest part of a kernel, relative to it, that patterns may miss and still be said to hold it."""
+
+ROUNDINGS = 16
+"""Roundings of the weights that may be left where the patterns of a held kernel cancel each other."""
 
 
 def solve_mix(kernel: Tensor, patterns: Tensor) -> Tensor:
@@ -40,6 +49,34 @@ def solve_mix(kernel: Tensor, patterns: Tensor) -> Tensor:
         if missed > RESIDUAL * float(wanted.abs().amax()):
             raise ConvrewriteError(f"{patterns.shape[0]} heads do not span the kernel of {kernel.shape[2]} taps")
     return mix
+
+
+def within_kernel(kernel: Tensor, before: Pair, size: Pair, dtype: torch.dtype) -> Tensor | None:
+    """The part of `kernel` (O, C / groups, h, w) that a convolution of `size` taps has, if the rest is nothing.
+
+    Args:
+        before: taps above and left of that part; negative where the convolution's kernel is the larger one.
+        dtype: of the weights that it comes from, whose rounding is left beyond that part.
+
+    Returns:
+        (O, C / groups, *size), or None where there is more beyond it than rounding explains.
+    """
+    (top, left), (height, width) = before, size
+    bottom, right = kernel.shape[2] - height - top, kernel.shape[3] - width - left
+    inside = F.pad(kernel, (-left, -right, -top, -bottom))
+    whole = F.pad(inside, (left, right, top, bottom)) if min(top, left, bottom, right) >= 0 else kernel
+    missed = float((kernel - whole).abs().max()) if kernel.numel() else 0.0
+    return inside if missed <= max(RESIDUAL, ROUNDINGS * torch.finfo(dtype).eps) * float(kernel.abs().max()) else None
+
+
+def mixed(block: Held, after: Affine | None) -> Held | None:
+    """A copy of a block that ends in `mix` (O, C / groups, M) and `bias`, with `after` in both; None without one."""
+    if after is None:
+        return None
+    twin = copy.deepcopy(block)
+    twin.bias = after.bias(block.bias, block.mix)
+    twin.mix = after.weight(block.mix)
+    return twin
 
 
 def check_conv(block: Block, conv: nn.Conv2d, spec: ConvSpec) -> None:

@@ -6,17 +6,21 @@ import torch
 from torch import Tensor, nn
 
 from convrewrite.blocks.base import Block
+from convrewrite.errors import BackendError
 from convrewrite.kernels.aten import is_whole_map, local_attention_aten, tile_counts
-from convrewrite.kernels.backends import check_name, choose
+from convrewrite.kernels.backends import KERNELS, check_name, choose
 from convrewrite.kernels.geometry import EXCLUDED, Axis, Border, LocalSpec, Pair, reflect_index
+from convrewrite.kernels.lines import NARROW, line_elements, narrow
 from convrewrite.kernels.op import local_attention_op
 
 __all__ = [
     "EXCLUDED",
+    "NARROW",
     "Axis",
     "Border",
     "Pair",
     "is_dense",
+    "line_elements",
     "local_attention",
     "reads_maps",
     "reflect_index",
@@ -97,13 +101,13 @@ def is_dense(y: Axis, x: Axis) -> bool:
     return is_whole_map(y.tiled(), x.tiled())
 
 
-def reads_maps(backend: str, x: Tensor, width: int, *, dense: bool = False) -> bool:
+def reads_maps(backend: str, x: Tensor, width: int, *, dense: bool = False, tables: bool = False) -> bool:
     """Whether `local_attention` of projections of `x` (B, C, H, W) is fastest on views of maps (B, N * d, H, W).
 
-    Kernels read and write those without a copy. "aten" has to copy them: it wants tokens, channels last.
-    `width` is d; `dense` is what `is_dense` says.
+    Kernels read and write those without a copy. "aten" has to copy them: it wants tokens, channels last, but where it
+    goes tap by tap. `width` is d; `dense` is what `is_dense` says; `tables`: there are relative terms, at stride 1.
     """
-    return choose(backend, x, width, dense=dense) != "aten"
+    return choose(backend, x, width, dense=dense) != "aten" or (tables and narrow(x, width))
 
 
 def set_backend(model: nn.Module, backend: str) -> int:
@@ -117,10 +121,15 @@ def set_backend(model: nn.Module, backend: str) -> int:
         How many blocks were set.
 
     Raises:
-        BackendError: there is no backend of that name.
+        BackendError: there is no backend of that name, or it cannot run where the model is.
     """
     check_name(backend, "set_backend")
     blocks = [module for module in model.modules() if isinstance(module, Block)]
+    weight = next((p for block in blocks for p in block.parameters() if not p.is_meta), None)
+    reason = KERNELS.get(backend).refuse(weight, 1) if backend in KERNELS and weight is not None else None
+    if reason is not None:
+        fix = "move the model first, or use 'auto'"
+        raise BackendError(f"backend '{backend}' cannot do this: {reason}", where="set_backend", fix=fix)
     for block in blocks:
         block.backend = backend
     return len(blocks)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from convrewrite.blocks.base import Block, BlockOptions, register_block
+from convrewrite.blocks.folding import Affine, frozen
 from convrewrite.blocks.pooled import pooled_grid
 from convrewrite.blocks.relative import holds_logits, relative_attention
 from convrewrite.blocks.relative_tiles import tile_elements
@@ -99,6 +102,15 @@ class MHSA(Block):
         if height < 1 or width < 1:
             return f"the convolution's output is empty ({height} x {width})"
         return None
+
+    def folded(self, after: Affine | None) -> MHSA | None:
+        if after is None:
+            return None
+        twin = copy.deepcopy(self)
+        q, k, v = self.qkv.weight.chunk(3)
+        twin.qkv.weight = frozen(torch.cat([q, k, after.weight(v)]))
+        twin.bias = after.bias(self.bias, v)
+        return twin
 
     def forward(self, x: Tensor) -> Tensor:
         channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)

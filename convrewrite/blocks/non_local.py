@@ -10,10 +10,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from convrewrite.blocks.base import Block, BlockOptions, float32, register_block
+from convrewrite.blocks.folding import largest
 from convrewrite.blocks.tokens import (
     FLOAT_BYTES,
     attend,
     attend_elements,
+    attend_maps,
     holds_logits,
     pointwise,
     refuse_change,
@@ -123,6 +125,13 @@ class NonLocal(Block):
             return f"scale has no meaning for {options.pairwise}, which has no softmax"
         return refuse_change(cls.name, place)
 
+    def plain(self) -> nn.Identity | None:
+        return nn.Identity() if self.content() == 0 else None
+
+    def content(self) -> float:
+        last = next(m for m in reversed(list(self.W.modules())) if isinstance(m, (nn.BatchNorm2d, nn.Conv2d)))
+        return largest(last.weight, last.bias)  # of the norm, or of W_z where there is none
+
     def forward(self, x: Tensor) -> Tensor:
         gather = {
             "embedded_gaussian": self._embedded_gaussian,
@@ -142,7 +151,19 @@ class NonLocal(Block):
     def _scale(self, width: int) -> float:
         return float(width**-0.5) if self.options.scale else 1.0
 
+    def _key_map(self, x: Tensor) -> Tensor:
+        """As `_keys`, of maps."""
+        return F.max_pool2d(x, (min(2, x.shape[2]), min(2, x.shape[3]))) if self.options.sub_sample else x
+
+    def _stays_map(self, x: Tensor) -> bool:
+        """Whether attention runs on maps as they are: small ones in float32 or float64, channels first."""
+        plain = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
+        return plain and x.is_contiguous() and holds_logits(x.shape[2] * x.shape[3], self.g.out_channels)
+
     def _embedded_gaussian(self, x: Tensor) -> Tensor:
+        if self._stays_map(x):
+            q, k, v = self.theta(x), self._key_map(self.phi(x)), self._key_map(self.g(x))
+            return attend_maps(q, k, v, self._scale(q.shape[1]))
         tokens = to_tokens(x)
         q = pointwise(self.theta, tokens)
         k = self._keys(pointwise(self.phi, tokens), x)
@@ -151,6 +172,8 @@ class NonLocal(Block):
         return attend(q, k, v, self._scale(q.shape[-1]))
 
     def _gaussian(self, x: Tensor) -> Tensor:
+        if self._stays_map(x):
+            return attend_maps(x, self._key_map(x), self._key_map(self.g(x)), self._scale(x.shape[1]))
         tokens = to_tokens(x)
         v = self._keys(pointwise(self.g, tokens), x)
         q = tokens.to(v.dtype)  # what autocast would have made of them

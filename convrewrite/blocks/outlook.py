@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from convrewrite.blocks.base import Block, BlockOptions, register_block
+from convrewrite.blocks.folding import Affine
 from convrewrite.blocks.local import Pair
 from convrewrite.blocks.overlap import line_elements, source_softmax, weighted_overlap
 from convrewrite.blocks.pooled import pooled_grid
+from convrewrite.blocks.projections import project_maps
 from convrewrite.sites import Cost, Place
 
 FLOAT_BYTES = 4
@@ -106,6 +110,14 @@ class Outlook(Block):
             return f"the convolution's output is empty ({height} x {width})"
         return refuse_window(conv.out_channels, options.heads, options.window, options.step)
 
+    def folded(self, after: Affine | None) -> Outlook | None:
+        if after is None:
+            return None
+        twin, last = copy.deepcopy(self), self.attention.proj
+        twin.attention.proj.bias = after.bias(last.bias, last.weight)
+        twin.attention.proj.weight = after.weight(last.weight)
+        return twin
+
     def forward(self, x: Tensor) -> Tensor:
         channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         grid = pooled_grid(self.spec, x.shape[2], x.shape[3], self.options.window)
@@ -174,6 +186,9 @@ def pointwise(linear: nn.Linear, x: Tensor, scale: float = 1.0) -> Tensor:
     bias: Tensor | None = linear.bias
     if scale != 1.0:  # of the weights: cheaper than of the map
         weight, bias = weight * scale, None if bias is None else bias * scale
+    if x.is_contiguous():
+        y = project_maps(weight, x).view(x.shape[0], weight.shape[0], *x.shape[2:])
+        return y if bias is None else y.add_(bias[:, None, None])
     return F.conv2d(x, weight[:, :, None, None], bias)
 
 

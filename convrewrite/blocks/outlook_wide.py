@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from convrewrite.blocks.aggregate import aggregate, chunk_elements, padded_pixels
 from convrewrite.blocks.base import Block, BlockOptions, register_block
-from convrewrite.blocks.held import check_conv, nearest_first, refuse_heads, solve_mix
+from convrewrite.blocks.folding import Affine, conv_of, largest
+from convrewrite.blocks.held import check_conv, mixed, nearest_first, refuse_heads, solve_mix, within_kernel
 from convrewrite.blocks.outlook import start_linear
 from convrewrite.sites import ConvSpec, Cost, Pair, Place
 
@@ -134,6 +135,18 @@ class OutlookWide(Block):
         patterns = self._patterns(self.attn.bias.double())
         flat = self.mix.double() @ patterns.flatten(1)
         return flat.view(*flat.shape[:2], *patterns.shape[1:])
+
+    def plain(self) -> nn.Conv2d | None:
+        size, kernel = self.spec.kernel, self.kernel() if self.content() == 0 else None
+        before = (size[0] - 1) // 2, (size[1] - 1) // 2
+        kernel = None if kernel is None else within_kernel(kernel, before, size, self.mix.dtype)
+        return None if kernel is None else conv_of(self.spec, kernel, self.bias, like=self.mix)
+
+    def content(self) -> float:
+        return largest(self.attn.weight)
+
+    def folded(self, after: Affine | None) -> OutlookWide | None:
+        return mixed(self, after)
 
     def forward(self, x: Tensor) -> Tensor:
         channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)

@@ -7,6 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from convrewrite.blocks.base import Block, BlockOptions, register_block
+from convrewrite.blocks.folding import largest
 from convrewrite.blocks.outlook import OutlookAttention, default_heads, outlook_cost, refuse_window, start_linear
 from convrewrite.sites import Cost, Place
 
@@ -96,6 +97,12 @@ class Outlooker(Block):
             what = "map" if place.conv is None else "block"
             return f"the {what} changes from {came} to {wanted}, outlooker keeps channels and size"
         return refuse_window(place.in_shape[1], options.heads, options.window, options.step)
+
+    def plain(self) -> nn.Identity | None:
+        return nn.Identity() if self.content() == 0 else None
+
+    def content(self) -> float:
+        return largest(*(w for last in (self.attn.proj, self.mlp.fc2) for w in (last.weight, last.bias)))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(_channels_first(self.norm1, x)).to(x.dtype)

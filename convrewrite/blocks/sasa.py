@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from dataclasses import replace
 from typing import Literal
 
@@ -11,8 +13,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from convrewrite.blocks.base import Block, BlockOptions, register_block
-from convrewrite.blocks.local import Axis, local_attention, reads_maps, tile_counts
+from convrewrite.blocks.folding import Affine, fold
+from convrewrite.blocks.local import NARROW, Axis, line_elements, local_attention, reads_maps, tile_counts
 from convrewrite.blocks.pooled import PooledGrid, pooled_grid
+from convrewrite.blocks.projections import project_maps, unbind_qkv
 from convrewrite.sites import Cost, Place
 
 FLOAT_BYTES = 4
@@ -34,6 +38,13 @@ class SASAOptions(BlockOptions):
     border: Literal["zero", "masked"] = Field(
         default="zero", description="keys outside the map are zeros that take part, or are absent"
     )
+    projection: bool = Field(
+        default=False, description="a 1 x 1 convolution with bias over the outputs of all heads; not the paper's"
+    )
+    offset_bias: bool = Field(
+        default=False,
+        description="a learned logit for each head and tap, whatever the content; fitted starts stand on it",
+    )
 
 
 @register_block("sasa")
@@ -47,6 +58,10 @@ class SASA(Block):
 
     r_o = (row embedding of the vertical offset, column embedding of the horizontal one), half of d each (the odd
     channel goes to the columns). p is the same of sinusoids in pixels. No 1 / sqrt(d), no output projection.
+
+    Two options are not the paper's, and off by default: `projection` puts y through W_O (1 x 1, with a bias) after the
+    heads, as other attention has it; `offset_bias` adds beta_ho to the logits, as Swin has it. Without the first each
+    output channel has the spatial pattern of its head alone, without the second a pattern can only stand on content.
 
     Stride: attention at the input's resolution, then the mean of stride x stride pixels, at the last row and
     column of as many as there are. Dilation of the replaced convolution dilates the window. Windows
@@ -62,10 +77,12 @@ class SASA(Block):
 
     Parameters:
         3 C_in C_out + e,  e = k d (relative, shared), k C_out (relative, per_head), 0 (absolute, none)
+        + C_out^2 + C_out (projection)  + N k^2 (offset_bias)
 
     FLOPs (2 per multiply-add; of the sums above, without the masked-out keys of tiles; softmax, pooling and
     elementwise work are not counted):
         B HW 6 C_in C_out + B Q C_out 6 k^2      4 k^2 in place of 6 k^2 unless relative
+        + B HoWo 2 C_out^2 (projection)
 
     q . r counts for each of the k^2 offsets, as the equation has it and as the paper's 7.0 GFLOPs for ResNet-50
     need it (6.97 by this formula), although it runs here as rows plus columns, which is 2 k and not 2 k^2.
@@ -104,6 +121,12 @@ class SASA(Block):
             self.column_embedding = nn.Parameter(torch.empty(tables, self.head_dim - half, options.window))
             nn.init.normal_(self.row_embedding, std=self.head_dim**-0.5)
             nn.init.normal_(self.column_embedding, std=self.head_dim**-0.5)
+        self.projection: nn.Conv2d | None = None
+        if options.projection:
+            self.projection = nn.Conv2d(self.out_channels, self.out_channels, 1)
+        self.offset_bias: nn.Parameter | None = None
+        if options.offset_bias:
+            self.offset_bias = nn.Parameter(torch.zeros(options.heads, options.window**2))
 
     @classmethod
     def refuse(cls, place: Place, options: BlockOptions) -> str | None:
@@ -122,11 +145,19 @@ class SASA(Block):
             return f"the convolution's output is empty ({height} x {width})"
         return None
 
+    def folded(self, after: Affine | None) -> SASA | None:
+        if after is None or self.projection is None:  # without W_O nothing adds to a channel
+            return None
+        twin = copy.deepcopy(self)
+        assert twin.projection is not None
+        fold(twin.projection, after)
+        return twin
+
     def forward(self, x: Tensor) -> Tensor:
         channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         window = self.options.window
         grid = pooled_grid(self.spec, x.shape[2], x.shape[3], window)
-        q, k, v = self._project(grid.pad(x)).unbind(3)  # (B, H, W, N, d)
+        q, k, v = unbind_qkv(self._project(grid.pad(x)))  # (B, H, W, N, d)
         q = q[:, grid.y.start :, grid.x.start :][:, : grid.y.count, : grid.x.count]
         if self.options.position == "absolute":
             k = k + sinusoids(k.shape[1], k.shape[2], self.head_dim, k)
@@ -142,17 +173,20 @@ class SASA(Block):
             border="zero" if self.options.border == "zero" else "mask",
             rows=rows,
             columns=columns,
+            bias=self.offset_bias,
             backend=self.backend,
         )
         y = grid.pool(att.flatten(3).permute(0, 3, 1, 2))  # (B, C, Ho, Wo)
+        y = y if self.projection is None else self.projection(y)
         return y if channels_last else y.contiguous()
 
     def _project(self, x: Tensor) -> Tensor:
         """x (B, C_in, H, W) -> q, k, v as (B, H, W, 3, N, d); in memory a map where the backend reads such."""
         batch, _, height, width = x.shape
         weight, heads = self.qkv.weight.flatten(1), self.options.heads
-        if x.is_contiguous() and reads_maps(self.backend, x, self.head_dim):
-            maps = torch.matmul(weight, x.flatten(2))  # (B, 3*C, H*W)
+        tables = self.row_embedding is not None or self.offset_bias is not None
+        if x.is_contiguous() and reads_maps(self.backend, x, self.head_dim, tables=tables):
+            maps = project_maps(weight, x)  # (B, 3*C, H*W)
             return maps.view(batch, 3, heads, self.head_dim, height, width).permute(0, 4, 5, 1, 2, 3)
         tokens = F.linear(x.flatten(2).transpose(1, 2), weight)  # (B, H*W, 3*C)
         return tokens.view(batch, height, width, 3, heads, self.head_dim)
@@ -174,11 +208,18 @@ class SASA(Block):
         grid = pooled_grid(place.conv, in_height, in_width, window)
         positions, queries = grid.y.size * grid.x.size, grid.y.count * grid.x.count
         tables = heads if options.embeddings == "per_head" else 1
+        params = 3 * c_in * c_out + (tables * window * (c_out // heads) if relative else 0)
         flops = batch * positions * 6 * c_in * c_out
         flops += batch * queries * c_out * (6 if relative else 4) * window**2
+        params += heads * window**2 if options.offset_bias else 0
+        if options.projection:
+            params += (c_out + 1) * c_out
+            flops += 2 * math.prod(place.out_shape) * c_out
         infer, train = _activations(grid, options, c_out)
+        if options.projection:
+            train += math.prod(place.out_shape[1:])  # what it projects
         return Cost(
-            params=3 * c_in * c_out + (tables * window * (c_out // heads) if relative else 0),
+            params=params,
             flops=flops,
             act_infer=FLOAT_BYTES * batch * infer,
             act_train=FLOAT_BYTES * batch * train,
@@ -192,6 +233,9 @@ def _activations(grid: PooledGrid, options: SASAOptions, channels: int) -> tuple
     projected, queries = 3 * channels * y.size * x.size, channels * y.count * x.count
     pooled = queries if grid.stride != (1, 1) else 0
     placed = channels * y.size * x.size if options.position == "absolute" else 0  # k + p
+    if (relative or options.offset_bias) and channels // heads <= NARROW:  # tap by tap, one image after the other
+        beside, sums = line_elements(y, x, heads, channels // heads)
+        return projected + placed + queries + beside, projected + placed + sums + pooled
     padded = 0  # k and v with zeros around them
     if options.border == "zero":
         y, x = _with_border(y), _with_border(x)

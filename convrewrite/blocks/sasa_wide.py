@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from convrewrite.blocks.aggregate import aggregate, chunk_elements, padded_pixels, windows
 from convrewrite.blocks.base import Block, BlockOptions, register_block
-from convrewrite.blocks.held import check_conv, nearest_first, refuse_heads, solve_mix
+from convrewrite.blocks.folding import Affine, conv_of, largest
+from convrewrite.blocks.held import check_conv, mixed, nearest_first, refuse_heads, solve_mix, within_kernel
 from convrewrite.errors import ConvrewriteError
 from convrewrite.sites import ConvSpec, Cost, Pair, Place
 
@@ -27,6 +28,13 @@ class SASAWideOptions(BlockOptions):
         ge=1,
         description="attention heads M; fewer than the default cannot hold a convolution. Default: one for each tap of "
         "the kernel, and one more where the window is larger than that",
+    )
+    nmse: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="of a fitted start: as few heads as lose at most this share of the output's variance; `heads` is "
+        "then the most",
     )
     window: int | None = Field(
         default=None, ge=1, description="side of the attention window, in taps. Default: the convolution's kernel"
@@ -136,6 +144,17 @@ class SASAWide(Block):
         """The kernel of the convolution that the block is where W_h = 0: (C_out, C_in / groups, window), float64."""
         flat = self.mix.double() @ self.offset_bias.double().softmax(1)
         return flat.view(*flat.shape[:2], *self.reach.window)
+
+    def plain(self) -> nn.Conv2d | None:
+        spec, kernel = self.spec, self.kernel() if self.content() == 0 else None
+        kernel = None if kernel is None else within_kernel(kernel, self.reach.before, spec.kernel, self.mix.dtype)
+        return None if kernel is None else conv_of(spec, kernel, self.bias, like=self.mix)
+
+    def content(self) -> float:
+        return largest(self.query.weight)
+
+    def folded(self, after: Affine | None) -> SASAWide | None:
+        return mixed(self, after)
 
     def forward(self, x: Tensor) -> Tensor:
         channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)

@@ -74,6 +74,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
     return out[:, 0, :, :width]
 
 
+def attend_maps(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
+    """`attend` of maps, where the logits are held whole: no map is copied to tokens, nor the result back.
+
+    Args:
+        q: (B, d, H, W). k: (B, d, h, w). v: (B, dv, h, w).
+
+    Returns:
+        (B, L, dv), a view of a map.
+    """
+    q, k, v = (t.flatten(2) for t in (q, k, v))
+    weights = torch.bmm((q * scale if scale != 1 else q).transpose(1, 2), k).softmax(-1)
+    return torch.bmm(v, weights.transpose(1, 2)).transpose(1, 2)
+
+
 def in_tiles(keys: int, width: int, value_width: int) -> bool:
     """Whether `attend` works in tiles on CPU, of a float32 or float64 map. A compiler is given the plain form."""
     least, most, narrow = TILED

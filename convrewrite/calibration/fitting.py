@@ -22,6 +22,7 @@ from convrewrite.calibration.moments import Sums, bytes_needed, draw, patches, s
 from convrewrite.calibration.norms import re_estimate
 from convrewrite.calibration.watching import norms_after, order_of_calls, resting, watch
 from convrewrite.capture import light_copy
+from convrewrite.editing import solve_block
 from convrewrite.errors import ConvrewriteError
 from convrewrite.fits.base import FITS
 from convrewrite.fits.target import Target
@@ -110,7 +111,7 @@ def fit_on_images(
                 settings,
                 number,
             )
-            expected = FITS.get(edit.block).solve(block, spec, target)
+            expected = solve_block(block, edit, target, settings.seed)
             error = site_error(original, rewritten, path, path, images.held_out, calls=calls[path], scale=scale)
             now = agreement(wanted, outputs(rewritten, images.held_out))
             kind: Literal["full", "marginals"] = "full" if target.covariance is not None else "marginals"

@@ -130,6 +130,13 @@ def measured(data: Prepared, *, batch: int, rank: int, world: int, workers: int 
     return batches(data, keys, workers=workers)
 
 
+def drawn(data: Prepared, count: int, seed: int) -> Tensor:
+    """At most `count` images (N, C, H, W), drawn by the seed."""
+    generator = torch.Generator().manual_seed(number_from(seed, "drawn"))
+    chosen = torch.randperm(len(data), generator=generator)[:count].tolist()
+    return torch.cat([found.images for found in batches(data, [[(0, index)] for index in chosen], workers=0)])
+
+
 def check_enough(count: int, batch: int, world: int, name: str) -> None:
     """Refuse a data set that does not fill one batch."""
     if count < batch * world:

@@ -15,6 +15,7 @@ from convrewrite.sites import ConvSpec, Place
 Solve = Callable[[nn.Module, ConvSpec, Target], float]
 Refuse = Callable[[Place, BlockOptions], str | None]
 Choose = Callable[[ConvSpec, BlockOptions], Window]
+Settle = Callable[[nn.Module, ConvSpec, Target], BlockOptions]
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,13 @@ class Fit:
         solve: sets the block's parameters from a target and returns the NMSE it expects, see `Target.nmse`.
         refuse: why the block cannot be fitted at a place, or None.
         window: the taps that `solve` wants to know about.
+        settle: the options that a block built with the planned ones should have; others where the target decides.
     """
 
     solve: Solve
     refuse: Refuse
     window: Choose
+    settle: Settle
 
 
 FITS: Registry[Fit] = Registry("fit", package="convrewrite.fits")
@@ -43,11 +46,18 @@ def _kernel(spec: ConvSpec, options: BlockOptions) -> Window:
     return Window.of_kernel(spec)
 
 
-def fit_of(block: str, *, refuse: Refuse = _never, window: Choose = _kernel) -> Callable[[Solve], Solve]:
+def _as_planned(block: nn.Module, spec: ConvSpec, target: Target) -> BlockOptions:
+    options: BlockOptions = block.options  # type: ignore[assignment]
+    return options
+
+
+def fit_of(
+    block: str, *, refuse: Refuse = _never, window: Choose = _kernel, settle: Settle = _as_planned
+) -> Callable[[Solve], Solve]:
     """Decorator: `(block, spec, target) -> NMSE` is how blocks registered as `block` are fitted."""
 
     def add(solve: Solve) -> Solve:
-        FITS.register(block)(Fit(solve, refuse, window))
+        FITS.register(block)(Fit(solve, refuse, window, settle))
         return solve
 
     return add

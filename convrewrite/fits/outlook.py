@@ -1,10 +1,13 @@
-"""Outlook attention: soft patterns on the busiest taps in the biases, no content, values and projection regressed.
+"""Outlook attention: learned patterns in the biases, no content, values and projection regressed.
 
-A centre sees its own window alone, so a weight that should lie outside it goes to the nearest place inside: patterns
-are blurred, which the regression knows. At the map's border fewer centres write; the expected NMSE leaves that out.
+Patterns begin softly on the busiest taps. A centre sees its own window alone, so a weight that should lie outside it
+goes to the nearest place inside: patterns are blurred, which the regression knows. At the map's border fewer centres
+write; the expected NMSE leaves that out.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +15,11 @@ from torch import Tensor, nn
 from convrewrite.blocks.base import BlockOptions
 from convrewrite.blocks.outlook import Outlook, OutlookOptions
 from convrewrite.fits.base import fit_of
-from convrewrite.fits.reduced import busiest_taps, reduced_heads, reduced_kernel
+from convrewrite.fits.learned import Regressed, bounded, learn, projected
+from convrewrite.fits.pooling import pooled_patterns, pooled_window, refuse_pooling
+from convrewrite.fits.reduced import busiest_taps
 from convrewrite.fits.target import Target, Window
-from convrewrite.sites import ConvSpec, Place
+from convrewrite.sites import ConvSpec, Pair, Place
 
 LOCALITY = 0.9
 """Share of a centre's weights on the wanted source; the rest is even, so that logits stay alive."""
@@ -22,43 +27,52 @@ LOCALITY = 0.9
 
 def _window(spec: ConvSpec, options: BlockOptions) -> Window:
     assert isinstance(options, OutlookOptions)
-    return Window.over(spec, (2 * options.window - 1,) * 2) or Window.of_kernel(spec)
+    return pooled_window(spec, 2 * options.window - 1) or Window.of_kernel(spec)
 
 
 def _refuse(place: Place, options: BlockOptions) -> str | None:
     assert isinstance(options, OutlookOptions) and place.conv is not None
-    if max(place.conv.stride) > 1:
-        return f"stride {max(place.conv.stride)} is made by pooling, which no weights undo (wanted: 1)"
     if options.step > 1:
         return f"step {options.step} shares weights between pixels (wanted: 1)"
     if Window.over(place.conv, (2 * options.window - 1,) * 2) is None:
         return f"the taps of window {options.window} fall between those of the kernel"
-    return None
+    return refuse_pooling(place.conv)
 
 
 @fit_of("outlook", refuse=_refuse, window=_window)
 def fit(block: nn.Module, spec: ConvSpec, target: Target) -> float:
     """Set biases, values and projection; the content weights are zero, with a gradient that is not."""
     assert isinstance(block, Outlook)
-    attention = block.attention
-    heads, size = attention.heads, attention.window
-    width, every = block.out_channels // heads, torch.arange(block.out_channels)
-    around = range(size // 2, size // 2 + size)  # the taps that a centre's own window can shift by
+    attention, size = block.attention, block.attention.window
     side = 2 * size - 1
-    usable = [row * side + column for row in around for column in around]
-    taps = busiest_taps(target, every, usable, heads, width)
-    by_centre = _by_centre([(tap // side - size + 1, tap % side - size + 1) for tap in taps.tolist()], size)
-    patterns = centre_patterns(by_centre, size) / (size**2 if attention.normalise else 1)
-    values, mix = reduced_heads(target, patterns, every, width, centred=True)
-    kernel = reduced_kernel(values, mix, patterns)
-    bias = target.best_bias(kernel)
+
+    def patterns(parameters: Sequence[Tensor]) -> Tensor:
+        weights = bounded(parameters[0]).softmax(-1).view(-1, size, size, size, size)
+        shares = centre_patterns(weights, size) / (size**2 if attention.normalise else 1)
+        return pooled_patterns(shares, (side, side), spec.stride)
+
+    def regress(patterns: Tensor) -> Regressed:
+        return projected(target, patterns, block.out_channels // attention.heads)
+
+    start = _by_centre(_offsets(target, attention.heads, block.out_channels, size, spec.stride), size)
+    (logits,), found = learn(target, [[start.log().flatten(3)]], patterns, regress, centred=True)
+    assert found.mix is not None
     with torch.no_grad():
         attention.attn.weight.zero_()
-        attention.attn.bias.copy_(by_centre.log().flatten() / attention.scale)
-        attention.v.weight.copy_(values)
-        attention.proj.weight.copy_(mix)
-        attention.proj.bias.copy_(bias)
-    return target.nmse(kernel, bias)
+        attention.attn.bias.copy_(bounded(logits).flatten() / attention.scale)
+        attention.v.weight.copy_(found.values)
+        attention.proj.weight.copy_(found.mix)
+        attention.proj.bias.copy_(found.bias)
+    return target.nmse(found.kernel, found.bias)
+
+
+def _offsets(target: Target, heads: int, outputs: int, size: int, stride: Pair) -> list[Pair]:
+    """The busiest taps, one for each head, as offsets (down, right) within a centre's own window."""
+    wide = target.window.size[1]
+    first = [size // 2 + stride[axis] // 2 for axis in (0, 1)]
+    usable = [(first[0] + row) * wide + first[1] + column for row in range(size) for column in range(size)]
+    taps = busiest_taps(target, torch.arange(outputs), usable, heads, outputs // heads)
+    return [(tap // wide - first[0] - size // 2, tap % wide - first[1] - size // 2) for tap in taps.tolist()]
 
 
 def _by_centre(offsets: list[tuple[int, int]], size: int) -> Tensor:

@@ -28,22 +28,22 @@ def reduced_heads(
         values (N width, C) and mix (R, N width).
     """
     count = len(patterns)
-    system, joint = target.seen_through(patterns, centred=centred)  # (C, N, C, N), (O, C, N)
-    joint = joint[rows] * target.scale[rows][:, None, None]
-    parts = joint.new_zeros(count, len(rows), target.channels)  # each head's map at this moment
+    system, joint = target.seen_through(patterns, centred=centred)
+    system = system.permute(1, 3, 0, 2).contiguous()  # (N, N, C, C)
+    joint = (joint[rows] * target.scale[rows][:, None, None]).permute(2, 0, 1).contiguous()  # (N, R, C)
+    parts = torch.zeros_like(joint)  # each head's map at this moment
     values = joint.new_zeros(count, width, target.channels)
     for _ in range(ROUNDS):
         for h in range(count):
-            others = torch.einsum("noc,cnd->od", parts, system[:, :, :, h]) - parts[h] @ system[:, h, :, h]
-            best = solve(system[:, h, :, h], (joint[:, :, h] - others).t()).t()  # (R, C)
-            vectors = torch.linalg.eigh(best @ system[:, h, :, h] @ best.t())[1]
+            others = sum(parts[k] @ system[k, h] for k in range(count) if k != h)
+            best = solve(system[h, h], (joint[h] - others).t()).t()  # (R, C)
+            vectors = torch.linalg.eigh(best @ system[h, h] @ best.t())[1]
             top = vectors[:, -width:]  # (R, width), or all there are
             parts[h], values[h, : top.shape[1]] = top @ (top.t() @ best), top.t() @ best
-    flat = values.flatten(0, 1)
-    owner = torch.arange(count).repeat_interleave(width)
-    gram = torch.einsum("jc,cjdk,kd->jk", flat, system[:, owner][:, :, :, owner], flat)
-    right = torch.einsum("ocj,jc->jo", joint[:, :, owner], flat)
-    return flat, solve(gram, right).t() / target.scale[rows][:, None].clamp(min=1e-12)
+    seen = torch.einsum("njc,nkcd->njkd", values, system)
+    gram = torch.einsum("njkd,kld->njkl", seen, values).reshape(count * width, -1)
+    right = torch.einsum("nrc,njc->njr", joint, values).flatten(0, 1)
+    return values.flatten(0, 1), solve(gram, right).t() / target.scale[rows][:, None].clamp(min=1e-12)
 
 
 def reduced_kernel(values: Tensor, mix: Tensor, patterns: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from convrewrite.blocks.base import BlockOptions
 from convrewrite.blocks.sasa_wide import SASAWide, SASAWideOptions
 from convrewrite.fits.base import fit_of
 from convrewrite.fits.target import Target, Window
-from convrewrite.fits.wide import best_mix, best_patterns, spread_groups
+from convrewrite.fits.wide import best_mix, best_patterns, fewest_heads, spread_groups
 from convrewrite.sites import ConvSpec, Place
 
 
@@ -30,7 +30,23 @@ def _refuse(place: Place, options: BlockOptions) -> str | None:
     return None
 
 
-@fit_of("sasa_wide", refuse=_refuse, window=_window)
+def _settle(block: nn.Module, spec: ConvSpec, target: Target) -> BlockOptions:
+    """With the option `nmse`: the fewest heads that lose no more than that of what a convolution could still give."""
+    assert isinstance(block, SASAWide)
+    centred = block.bias is not None
+
+    def error(heads: int) -> float:
+        patterns = best_patterns(target, heads, spec.groups, centred=centred)
+        kernel = spread_groups(best_mix(target, patterns, spec.groups, centred=centred), spec.groups) @ patterns
+        bias = target.best_bias(kernel) if centred else torch.zeros_like(target.bias)
+        return target.nmse(kernel, bias) - target.unexplained
+
+    if block.options.nmse is None:
+        return block.options
+    return block.options.model_copy(update={"heads": fewest_heads(error, block.heads, block.options.nmse)})
+
+
+@fit_of("sasa_wide", refuse=_refuse, window=_window, settle=_settle)
 def fit(block: nn.Module, spec: ConvSpec, target: Target) -> float:
     """Set offset biases and mix; queries start at zero, with a gradient that is not."""
     assert isinstance(block, SASAWide)

@@ -120,6 +120,11 @@ class Target:
     def taps(self) -> int:
         return self.weight.shape[2]
 
+    @property
+    def unexplained(self) -> float:
+        """The part of every NMSE that no convolution of these patches takes away."""
+        return self.floor / max(self.power, torch.finfo(torch.float64).tiny)
+
     def times(self, maps: Tensor) -> Tensor:
         """maps (R, C or C + 1, T) . covariance -> the same shape; the border channel needs a full covariance."""
         rows, channels, taps = maps.shape

@@ -2,12 +2,15 @@
 
     W[o, c, u] ~ sum_h mix[o, c, h] s[h, u],    s_h > 0, sum_u s_hu = 1
 
-With all taps told apart this is exact. Fewer heads span a subspace of the taps: the ones-vector, and the best others,
-which are the top singular vectors of the kernel, whitened, and then the least-squares patterns for the mix that
-stands. Since ones are in the span, any pattern becomes positive by adding a constant, and nothing is lost.
+With all taps told apart this is exact. Fewer heads span a subspace of the taps: the top singular vectors of the kernel,
+whitened, and then the least-squares patterns for the mix that stands. If a positive vector lies in the span, any
+pattern becomes positive by adding of it, and nothing is lost; if not, or if that turns out better, the ones-vector is
+put into the span, and takes the place of one of the others.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,17 +20,57 @@ from convrewrite.fits.target import Target, solve
 CONTRAST = 0.9
 """How far a pattern goes down from 1 / T towards 0 at its lowest tap: logits stay mild, and alive."""
 
+LEAST = 0.05
+"""Of a vector that others are made positive with: its lowest entry, relative to its mean."""
+
 SWEEPS = 2
 
 
 def best_patterns(target: Target, heads: int, groups: int, *, centred: bool) -> Tensor:
     """Patterns for `heads` full-width heads: (heads, T), positive, each of sum 1."""
-    free = _spatial_basis(target, heads)
-    if target.covariance is not None and heads > 1:
-        for _ in range(SWEEPS):
-            mix = best_mix(target, _positive(free), groups, centred=centred)
-            free = _improved(target, mix, _positive(free), centred=centred)[1:]
-    return _positive(free) if heads > 1 else _single(free)
+    if heads == 1:
+        return _single(_spatial_basis(target, 1, ones=False))
+    ones = target.weight.new_full((target.taps,), 1 / target.taps)
+    starts = [(ones, _spatial_basis(target, heads - 1, ones=True))]
+    starts += _own_base(_spatial_basis(target, heads, ones=False), ones)
+    tried = [_swept(target, base, free, groups, centred=centred) for base, free in starts]
+    return min(tried, key=lambda found: found[0])[1]
+
+
+def _swept(target: Target, base: Tensor, free: Tensor, groups: int, *, centred: bool) -> tuple[float, Tensor]:
+    """The error that patterns leave which are improved by turns with their mix, and those patterns."""
+    patterns = _positive(base, free)
+    mix = best_mix(target, patterns, groups, centred=centred)
+    for _ in range(SWEEPS if target.covariance is not None else 0):
+        patterns = _positive(base, _improved(target, mix, patterns, centred=centred)[1:])
+        mix = best_mix(target, patterns, groups, centred=centred)
+    kernel = spread_groups(mix, groups) @ patterns
+    return target.nmse(kernel, target.best_bias(kernel) if centred else torch.zeros_like(target.bias)), patterns
+
+
+def _own_base(basis: Tensor, ones: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """A positive vector in the span of `basis` (M, T), if the one nearest to `ones` is, and the rest of the span."""
+    share = torch.linalg.lstsq(basis.t(), ones[:, None]).solution[:, 0]
+    base = share @ basis
+    if float(base.amin()) < LEAST * float(base.mean()) or float(base.mean()) <= 0:
+        return []
+    rest = torch.linalg.qr(torch.cat([share[:, None], torch.eye(len(share), dtype=share.dtype)], 1))[0][:, 1:]
+    return [(base / base.sum(), rest.t() @ basis)]
+
+
+def fewest_heads(error: Callable[[int], float], most: int, limit: float) -> int:
+    """The least number of heads whose `error` is within `limit`; `most` where no smaller one's is.
+
+    More heads are never worse, so this halves the range; `most` itself is not tried.
+    """
+    least = 1
+    while least < most:
+        middle = (least + most) // 2
+        if error(middle) <= limit:
+            most = middle
+        else:
+            least = middle + 1
+    return most
 
 
 def best_mix(target: Target, patterns: Tensor, groups: int, *, centred: bool) -> Tensor:
@@ -55,31 +98,31 @@ def spread_groups(mix: Tensor, groups: int) -> Tensor:
     return dense.flatten(1, 2)
 
 
-def _spatial_basis(target: Target, heads: int) -> Tensor:
-    """The best directions beside the ones-vector, by the marginals: (heads - 1, T); of one head (1, T)."""
+def _spatial_basis(target: Target, count: int, *, ones: bool) -> Tensor:
+    """The best directions by the marginals, beside the ones-vector or without it: (count, T)."""
     levels, vectors = torch.linalg.eigh(target.spatial)
     root = levels.clamp(min=1e-9 * float(levels.max())).sqrt()
     half, inverse = (vectors * root) @ vectors.t(), (vectors / root) @ vectors.t()
     weight = target.weight * target.scale[:, None, None]
     rows = torch.einsum("oct,cd->odt", weight, target.channel).flatten(0, 1)
     gram = half @ (weight.flatten(0, 1).t() @ rows) @ half
-    if heads > 1:
-        ones = half.sum(1) / half.sum(1).norm()
-        away = torch.eye(len(ones), dtype=ones.dtype) - ones[:, None] * ones
+    if ones:
+        even = half.sum(1) / half.sum(1).norm()
+        away = torch.eye(len(even), dtype=even.dtype) - even[:, None] * even
         gram = away @ gram @ away
-    best = torch.linalg.eigh(gram)[1].flip(1)[:, : max(heads - 1, 1)]
+    best = torch.linalg.eigh(gram)[1].flip(1)[:, :count]
     basis: Tensor = best.t() @ inverse
     return basis
 
 
-def _positive(free: Tensor) -> Tensor:
-    """The ones-vector and `free` made positive, each of sum 1, peaks up: (M, T)."""
-    taps = free.shape[1]
-    free = free - free.mean(1, keepdim=True)
-    free = torch.where((free.amax(1) < -free.amin(1))[:, None], -free, free)
-    lowest = -free.amin(1, keepdim=True)
-    shaped = 1 + CONTRAST * free / lowest.clamp(min=1e-300)
-    return torch.cat([torch.ones(1, taps, dtype=free.dtype), shaped]) / taps
+def _positive(base: Tensor, free: Tensor) -> Tensor:
+    """A positive `base` (T,) and `free` made positive by adding of it, each of sum 1, peaks up: (M, T)."""
+    ratio = free / base
+    ratio = ratio - (ratio * base).sum(1, keepdim=True) / base.sum()
+    ratio = torch.where((ratio.amax(1) < -ratio.amin(1))[:, None], -ratio, ratio)
+    lowest = -ratio.amin(1, keepdim=True)
+    shaped = torch.cat([base[None], base * (1 + CONTRAST * ratio / lowest.clamp(min=1e-300))])
+    return shaped / shaped.sum(1, keepdim=True)
 
 
 def _single(free: Tensor) -> Tensor:

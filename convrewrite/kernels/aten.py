@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from convrewrite.kernels.geometry import EXCLUDED, Axis, Border, LocalSpec, reflect_index
+from convrewrite.kernels.lines import local_attention_lines, takes_lines
 
 DENSE = 1.5
 """Attend to the whole map when it holds at most this many times the keys of one tile."""
@@ -37,11 +38,14 @@ def local_attention_aten(
     bias: Tensor | None,
 ) -> Tensor:
     """`convrewrite.blocks.local.local_attention` by differentiable ATen operations, on every device and dtype."""
+    tables = rows is not None or columns is not None or bias is not None
+    if tables and relative is None and takes_lines(q, k, spec):
+        return local_attention_lines(q, k, v, spec, rows, columns, bias)
     q, k, v = (t if t.stride(4) == 1 else t.contiguous() for t in (q, k, v))  # else SDPA takes its slow path
     if spec.border == "zero":
         k, v, spec = _zero_border(k, v, q, spec)
     y, x = (axis.tiled() for axis in spec.axes(q.shape[1:3], k.shape[1:3]))
-    if relative is None and rows is None and columns is None and bias is None and is_whole_map(y, x):
+    if relative is None and not tables and is_whole_map(y, x):
         return _dense(q, k, v, y, x, spec.scale, spec.border)
     return _tiled(q, k, v, y, x, spec.scale, spec.border, relative, rows, columns, bias)
 
@@ -73,8 +77,18 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, y: Axis, x: Axis, scale: float, bord
     log_y, log_x = (axis.multiplicity(border, q.device).to(q.dtype).log() for axis in (y, x))
     mask = (log_y[:, None, :, None] + log_x[None, :, None, :]).clamp(min=EXCLUDED)  # (Ho, Wo, H, W)
     mask = mask.view(1, 1, height * width, y.size * x.size)
+    if holds_logits(q, y.size * x.size):
+        q, k, v = (t.flatten(1, 2).transpose(1, 2).flatten(0, 1) for t in (q, k, v))  # (B * N, L, d)
+        weights = torch.baddbmm(mask[0], q, k.transpose(1, 2), alpha=scale).softmax(-1)
+        out = torch.bmm(weights, v).view(batch, heads, height, width, v.shape[-1])
+        return out.permute(0, 2, 3, 1, 4)
     out = _attend(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), mask, scale)
     return out.reshape(batch, height, width, heads, v.shape[-1])
+
+
+def holds_logits(q: Tensor, keys: int) -> bool:
+    """Whether the logits of a whole map are held: small ones, for which SDPA on CPU takes three times as long."""
+    return q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64) and keys <= q.shape[4]
 
 
 def _tiled(

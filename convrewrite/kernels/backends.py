@@ -27,15 +27,17 @@ class Kernel:
         refuse: (x, width of a head) -> why it cannot take tensors such as x, or None.
         forward: (q, k, v, spec, rows, columns, bias) -> (out, lse).
         backward: (grad, q, k, v, out, lse, spec, rows, columns, bias) -> gradients of q, k, v, rows, columns, bias.
+        side_by_side: `backward` takes one more argument, a tensor (3, ...) to write the gradients of q, k, v to.
     """
 
     refuse: Callable[[Tensor, int], str | None]
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., Any]
+    side_by_side: bool = False
 
 
 KERNELS: Registry[Kernel] = Registry("backend")
-KERNELS.register("native")(Kernel(native_local.refuse, native_local.forward, native_local.backward))
+KERNELS.register("native")(Kernel(native_local.refuse, native_local.forward, native_local.backward, side_by_side=True))
 KERNELS.register("triton")(Kernel(gpu_local.refuse, gpu_local.forward, gpu_local.backward))
 
 

@@ -26,3 +26,30 @@ def laid_out(x: Tensor, like: Tensor) -> Tensor:
 def wide(x: Tensor) -> Tensor:
     """`x` in float32, unless it is wider already."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def gap_between(q: Tensor, k: Tensor, v: Tensor) -> int:
+    """Elements from q to k and from k to v where the three, of one shape, fill one piece of memory; else 0.
+
+    k itself may lie elsewhere (a sum with it often does): then it is where k was. 0 while anything is being traced, and
+    for half precision, whose gradients kernels make in float32.
+    """
+    if type(q) is not Tensor or q.shape != k.shape or q.shape != v.shape or q.numel() == 0:
+        return 0
+    if wide(q) is not q or not q.dtype == k.dtype == v.dtype:
+        return 0
+    together = q.untyped_storage().data_ptr() == v.untyped_storage().data_ptr() and q.stride() == v.stride()
+    gap, odd = divmod(int(v.storage_offset()) - int(q.storage_offset()), 2)
+    if not together or odd or gap <= 0:
+        return 0
+    used = 1
+    for stride, size in sorted(zip((gap, *q.stride()), (3, *q.shape), strict=True)):
+        if size != 1 and stride != used:
+            return 0
+        used *= size
+    return gap
+
+
+def side_by_side(like: Tensor, gap: int) -> Tensor:
+    """Uninitialised memory for three tensors, each with the strides of `like` and `gap` elements apart: (3, ...)."""
+    return like.new_empty_strided((3, *like.shape), (gap, *like.stride()))

@@ -55,12 +55,17 @@ def backward(
     rows: Tensor | None,
     columns: Tensor | None,
     bias: Tensor | None,
+    into: Tensor | None = None,
 ) -> Gradients:
-    """Gradients of q, k, v, rows, columns, bias, from those of `out`; each in the dtype of its tensor."""
+    """Gradients of q, k, v, rows, columns, bias, from those of `out`; each in the dtype of its tensor.
+
+    With `into` (3, B, H, W, N, d), those of q, k, v are written there, and are views of it.
+    """
     given = q, k, v
     grad, q, k, v, out = (wide(t) for t in (grad, q, k, v, out))
     tables = _tables(q, rows, columns, bias)
-    grads = {f"grad_{name}": torch.empty_like(t) for name, t in zip("qkv", (q, k, v), strict=True)}
+    to = [torch.empty_like(t) for t in (q, k, v)] if into is None else into.unbind(0)
+    grads = {f"grad_{name}": t for name, t in zip("qkv", to, strict=True)}
     sums = {f"grad_{name}": t.new_zeros(q.shape[0], *t.shape) for name, t in tables.items()}
     tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "grad": grad, **tables, **grads, **sums}
     _run("local_attention_backward", spec, tensors)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from convrewrite.kernels.backends import KERNELS
 from convrewrite.kernels.geometry import BORDERS, LocalSpec
-from convrewrite.kernels.layouts import empty_output
+from convrewrite.kernels.layouts import empty_output, gap_between, side_by_side
 
 
 def _spec(
@@ -95,10 +95,17 @@ def local_attention_backward_op(
     border: str,
     scale: float,
     kernel: str,
+    gap: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, rows, columns and bias; of a table that is None an empty tensor."""
+    """Gradients of q, k, v, rows, columns and bias; of a table that is None an empty tensor.
+
+    With `gap`, those of q, k and v are one tensor, the first, so many elements apart; the other two are empty.
+    """
     spec = _spec(window, stride, dilation, start, border, scale)
-    dq, dk, dv, *tables = KERNELS.get(kernel).backward(grad, q, k, v, out, lse, spec, rows, columns, bias)
+    into = [side_by_side(q, gap)] if gap else []
+    dq, dk, dv, *tables = KERNELS.get(kernel).backward(grad, q, k, v, out, lse, spec, rows, columns, bias, *into)
+    if gap:
+        dq, dk, dv = into[0], q.new_empty(0), q.new_empty(0)
     drows, dcolumns, dbias = (q.new_empty(0) if table is None else table for table in tables)
     return dq, dk, dv, drows, dcolumns, dbias
 
@@ -121,8 +128,11 @@ def _(
     border: str,
     scale: float,
     kernel: str,
+    gap: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
+    if gap:
+        dq, dk, dv = side_by_side(q, gap), q.new_empty(0), q.new_empty(0)
     drows, dcolumns, dbias = (
         q.new_empty(0) if table is None else torch.empty(table.shape, dtype=table.dtype, device=table.device)
         for table in (rows, columns, bias)
@@ -144,9 +154,11 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     if grad is None:
         return (None,) * (6 + len(rest))
     q, k, v, out, lse, rows, columns, bias = ctx.saved_tensors
-    grads = local_attention_backward_op(grad, q, k, v, out, lse, rows, columns, bias, *rest)
+    gap = gap_between(q, k, v) if KERNELS.get(rest[-1]).side_by_side else 0
+    grads = local_attention_backward_op(grad, q, k, v, out, lse, rows, columns, bias, *rest, gap)
     tables = (None if table is None else g for table, g in zip((rows, columns, bias), grads[3:], strict=True))
-    return (*grads[:3], *tables, *(None for _ in rest))
+    of_qkv = grads[0].unbind(0) if gap else grads[:3]
+    return (*of_qkv, *tables, *(None for _ in rest))
 
 
 local_attention_op.register_autograd(_backward, setup_context=_setup)

@@ -13,6 +13,7 @@ from convrewrite.report.document import Document, Section, Table, table
 from convrewrite.report.sitetable import site_table, totals_line
 from convrewrite.reports import Report
 
+CHANGED, CONVOLUTIONS = "Changed sites", "All convolutions"
 FATES = ("carried", "re-estimated", "absorbed", "new", "dropped")
 _FATE_NOTES = {
     "carried": "same values, same or new key",
@@ -78,7 +79,7 @@ def report_document(report: Report, *, verbose: bool) -> Document:
     plan = report.plan
     sections = [
         Section("Rules", table=_rules(report)),
-        Section("Changed sites", table=changed_table(plan.edits)),
+        Section(CHANGED, table=changed_table(plan.edits)),
     ]
     if plan.edits:
         sections.append(Section("Costs", (COSTS_NOTE,), costs_table(plan.edits)))
@@ -97,9 +98,7 @@ def report_document(report: Report, *, verbose: bool) -> Document:
     if report.calibration is not None:
         sections.append(calibration_section(report.calibration))
     if verbose:
-        sections.append(
-            Section("All convolutions", (totals_line(report.sites),), site_table(report.sites), folded=True)
-        )
+        sections.append(Section(CONVOLUTIONS, (totals_line(report.sites),), site_table(report.sites), folded=True))
         sections.append(Section("Timings", table=_timings(report)))
     sections.append(Section("Reproduce", table=plans.provenance(plan)))
     lines = (f"Plan: {plans.counts_line(plan)}", plans.cost_line(plan)) if plan.edits else tuple(plans.nothing(plan))

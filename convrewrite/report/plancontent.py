@@ -26,8 +26,21 @@ def files_of(plan: Plan) -> str:
 
 
 def heading(plan: Plan) -> str:
-    """ "torchvision:resnet50 at 1x3x224x224, rules acmix"."""
-    return f"{figures.plain(plan.model)} at {figures.shape(plan.input_shape)}, rules {files_of(plan)}"
+    """ "torchvision:resnet50 at 1x3x224x224, rules acmix"; of a detector also the size that it makes of its images."""
+    inside = _size_inside(plan)
+    resized = f" (resized to {figures.shape(inside)} inside)" if inside else ""
+    return f"{figures.plain(plan.model)} at {figures.shape(plan.input_shape)}{resized}, rules {files_of(plan)}"
+
+
+def _size_inside(plan: Plan) -> tuple[int, ...]:
+    """Height and width that the first convolution sees, if that is no part of the input's; () otherwise."""
+    sites = (*(edit.site for edit in plan.edits), *(refusal.site for refusal in plan.refused))
+    first = min(sites, key=lambda site: site.index, default=None)
+    given, seen = plan.input_shape[2:], first.in_shape[2:] if first is not None else ()
+    if len(given) != 2 or len(seen) != 2 or seen == given:
+        return ()
+    part = all(a > b and a % b == 0 for a, b in zip(given, seen, strict=True))  # cut into patches or pooled first
+    return () if part else tuple(seen)
 
 
 def funnel(steps: Funnel) -> str:

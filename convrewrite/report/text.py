@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-
-from tabulate import tabulate
+from dataclasses import replace
+from typing import Any
 
 from convrewrite.diffing import Diff
 from convrewrite.plans import Plan
-from convrewrite.report import REPORTS
-from convrewrite.report.content import report_document
+from convrewrite.report import REPORTS, narrow
+from convrewrite.report.content import CHANGED, CONVOLUTIONS, report_document
 from convrewrite.report.diffcontent import diff_document
-from convrewrite.report.document import Document, Section, Table
+from convrewrite.report.document import Document, Section
 from convrewrite.report.plantext import plan_text
-from convrewrite.report.sitetable import site_table, totals_line
+from convrewrite.report.sitetable import totals_line
 from convrewrite.reports import Report
 from convrewrite.sites import Site
 
@@ -23,19 +23,33 @@ class TextFormat:
     """Text for a terminal."""
 
     def report(self, report: Report, *, verbose: bool) -> str:
-        return _page(report_document(report, verbose=verbose))
+        document = report_document(report, verbose=verbose)
+        return _page(replace(document, sections=tuple(_narrowed(s, report) for s in document.sections)))
 
     def plan(self, plan: Plan, *, verbose: bool) -> str:
         return plan_text(plan, verbose=verbose)
 
     def sites(self, sites: Sequence[Site]) -> str:
-        return f"{_table(site_table(sites))}\n\n{totals_line(sites)}\n"
+        table = narrow.text_of(narrow.site_table(sites)) if sites else "none"
+        return f"{table}\n\n{totals_line(sites)}\n"
 
     def diff(self, diff: Diff, *, verbose: bool) -> str:
         return _page(diff_document(diff, verbose=verbose))
 
 
 REPORTS.register("text")(TextFormat())
+
+
+_WHOLE: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+
+
+def _narrowed(section: Section, report: Report) -> Section:
+    """The sections that would be too wide for a terminal, folded."""
+    if section.title == CHANGED and report.plan.edits:
+        return narrow.changed_section(section, report.plan.edits)
+    if section.title == CONVOLUTIONS:
+        return replace(section, table=narrow.site_table(report.sites))
+    return section
 
 
 def _page(document: Document) -> str:
@@ -52,17 +66,11 @@ def _alarm(lines: Sequence[str]) -> str:
 
 
 def _section(section: Section) -> str:
-    lines = [section.title] + [f"  {line}" for line in section.lines]
+    lines = [section.title]
+    for line in section.lines:
+        lines += textwrap.wrap(line, narrow.WIDTH, initial_indent="  ", subsequent_indent="    ", **_WHOLE) or [""]
     if section.table is not None and section.table.rows:
-        lines.append(textwrap.indent(_table(section.table), "  "))
+        lines.append(textwrap.indent(narrow.text_of(section.table, narrow.WIDTH - 2), "  "))
     elif not section.lines:
         lines.append("  none")
     return "\n".join(lines)
-
-
-def _table(table: Table) -> str:
-    if not table.rows:
-        return "none"
-    sides = ["right" if letter == "r" else "left" for letter in table.align]
-    text = tabulate(table.rows, table.headers, tablefmt="simple", disable_numparse=True, colalign=sides)
-    return "\n".join(line.rstrip() for line in text.splitlines())

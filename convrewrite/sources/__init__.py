@@ -7,7 +7,7 @@ import json
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from convrewrite.sources.base import (
 )
 from convrewrite.weights import is_file, load_weights
 
-__all__ = ["SOURCES", "Source", "SourceKind", "parse_input", "rebuild", "recognise", "resolve"]
+__all__ = ["SOURCES", "Source", "SourceKind", "known", "parse_input", "rebuild", "recognise", "resolve"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Source:
         example: (N, C, H, W) of the input it was made for.
         recipe: plain data to build the architecture again; None for a module given as an object.
         weights: what the weights were asked for as; None if they are random or the user's own.
+        notes: what was chosen among the contents of a file of weights, a line each.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Source:
     example: Shape
     recipe: Recipe | None = None
     weights: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def resolve(
@@ -68,8 +70,8 @@ def resolve(
     Args:
         spec: ``resnet50`` (torchvision's, else timm's), ``torchvision:NAME``, ``timm:NAME``, ``hf:NAME``,
             ``smp:NAME``, ``ultralytics:NAME``, ``hub:REPOSITORY:ENTRY``, ``package.module:factory``,
-            ``path/file.py:factory``, a saved folder, or a module, which is used as it is (with `weights`, a
-            copy of it). ``NAME?key=value&key=value`` passes options to the builder.
+            ``path/file.py:factory``, ``model.pt2``, a saved folder, or a module, which is used as it is (with
+            `weights`, a copy of it). ``NAME?key=value&key=value`` passes options to the builder.
         weights: ``DEFAULT`` or the name of weights of the zoo (downloaded), or a local ``.pth``, ``.pt``
             or ``.safetensors`` file.
         num_classes: passed to the model's builder.
@@ -102,7 +104,7 @@ def resolve(
         canonical = spec if kind_name == "factory" else f"{kind_name}:{recipe['name']}{spec[len(plain) :]}"
     source = Source(canonical, model, shape or kind.example(recipe, model, of_zoo), recipe, weights)
     if weights is not None and not (meta and of_zoo):
-        load_weights(model, weights, source)
+        source = replace(source, notes=load_weights(model, weights, source))
     return source
 
 
@@ -178,8 +180,16 @@ def _from_module(model: nn.Module, weights: str | None, num_classes: int | None,
         model = copy.deepcopy(model)  # nothing is done in place on a user's model
     source = Source(name, model, shape or default_example(model), recipe, weights)
     if weights is not None:
-        load_weights(model, weights, source)
+        source = replace(source, notes=load_weights(model, weights, source))
     return source
+
+
+def known(spec: str) -> bool:
+    """True if some kind of source knows the name; whether it can be built is not tried."""
+    try:
+        return bool(_find(split_options(spec)[0]))
+    except SourceError:
+        return False
 
 
 def _find(spec: str) -> tuple[str, SourceKind, str]:
@@ -199,9 +209,6 @@ def _unknown(spec: str, known: list[str]) -> SourceError:
     path = Path(spec)
     if spec and path.is_dir():
         return SourceError("this folder holds no saved model (no recipe.json)", where=spec)
-    if path.suffix == ".pt2":
-        fix = "name the model that it was exported from, rewrite that, and export the result (--emit exported)"
-        return SourceError("reading an exported program can run code from the file", where=spec, fix=fix)
     if path.suffix == ".onnx":
         fix = "name the model that it was exported from"
         return SourceError("ONNX files are not read: no converter knows what torch exports today", where=spec, fix=fix)

@@ -55,6 +55,9 @@ class Torchvision:
         return model
 
     def example(self, recipe: Recipe, model: nn.Module, weights: str | None) -> Shape:
+        fixed = getattr(model, "image_size", None)  # vision transformers take no other, and some weights' is not theirs
+        if isinstance(fixed, int):
+            return (1, 3, fixed, fixed)
         member = _weights(recipe["name"], weights or "DEFAULT")
         keywords = getattr(member.transforms, "keywords", {})  # detection transforms have none
         size = keywords.get("crop_size") or keywords.get("resize_size")

@@ -13,7 +13,9 @@ from convrewrite import provenance
 from convrewrite.blocks.blend import Blend
 from convrewrite.inserting import NAMES
 from convrewrite.stands import Stand, stand_of
+from convrewrite.training.solving import is_solved
 
+HOLDS = "holds the conv"
 KINDS = ("new", "fitted", "carried")
 _NEVER_DECAYED = re.compile(r"(^|_)(bias|gate|gamma|rate\d*|rel|embedding|position)(_|$)")
 """Names of gates and of tables of relative positions: a pull to zero would fight what they are for."""
@@ -108,15 +110,30 @@ def _kind_below(path: str, module: nn.Module, edits: dict[str, tuple[str, str]])
     stem = f"{path}." if path else ""
     if isinstance(module, Blend):
         stand = stand_of(module)
-        return {f"{stem}conv": "carried", f"{stem}block": _kind(stand, edits), f"{stem}gate": "new"}
+        kind = "fitted" if is_solved(module) else _kind(stand, edits)
+        return {f"{stem}conv": "carried", f"{stem}block": kind, f"{stem}gate": "new"}
     if (stand := stand_of(module)) is not None:
+        whole = _whole_convolution(module, stand) if edits.get(stand.edit, ("", ""))[1] == HOLDS else None
+        if whole is not None:
+            return {path: "new", f"{stem}{whole}": "carried"}  # what is added to it gives nothing yet
         return {path: _kind(stand, edits)}
     return {f"{stem}{name}": "new" for name in NAMES.values() if name in module._modules}
 
 
+def _whole_convolution(block: nn.Module, stand: Stand) -> str | None:
+    """Name of the child of `block` that is the replaced convolution, unchanged, if it has one."""
+    old = stand.conv
+    wanted = (old.in_channels, old.out_channels, old.kernel, old.groups)
+    convolutions = ((name, child) for name, child in block.named_children() if isinstance(child, nn.Conv2d))
+    for name, child in convolutions:
+        if (child.in_channels, child.out_channels, child.kernel_size, child.groups) == wanted:
+            return name
+    return None
+
+
 def _kind(stand: Stand | None, edits: dict[str, tuple[str, str]]) -> str:
     start, how = edits.get(stand.edit, ("", "")) if stand is not None else ("", "")
-    return "fitted" if start == "fitted" or how == "holds the conv" else "new"
+    return "fitted" if start == "fitted" or how == HOLDS else "new"
 
 
 def _edits(model: nn.Module) -> dict[str, tuple[str, str]]:

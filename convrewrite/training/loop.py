@@ -39,6 +39,7 @@ class Task:
     Attributes:
         model: trained in place; the caller's own copy.
         teacher: the original, or None. pairs: sites at which it is compared (see `student.pairs_of`).
+        apart: those of them whose blocks are trained block by block.
         folder: for checkpoints and logs; None keeps nothing on disk.
         run: what makes this run the one it is, for its checkpoints.
         watch: called with every row of the log. bar: show a progress bar.
@@ -49,6 +50,7 @@ class Task:
     model: nn.Module
     teacher: nn.Module | None
     pairs: dict[str, nn.Module]
+    apart: tuple[str, ...]
     train: Prepared
     val: Prepared
     classes: int
@@ -89,7 +91,7 @@ class Loop:
             self.at = checkpoints.read(task.folder / "last", self.parts, task.run)
         if settings.compile:
             task.model.compile()
-        self.student = accelerator.prepare(Student(task.model, task.pairs))
+        self.student = accelerator.prepare(Student(task.model, task.pairs, task.apart))
         self.mix = losses.mixer(settings, task.classes)
         self.board: Board | None = None
         if task.folder is not None and self.first:

@@ -16,7 +16,7 @@ from torch import nn
 
 from convrewrite import provenance
 from convrewrite.data import DataError, Images, open_images
-from convrewrite.data.batches import Prepared, check_enough, measured
+from convrewrite.data.batches import Prepared, check_enough, drawn, measured
 from convrewrite.data.transforms import Form, augmentations, form_of, transform_for
 from convrewrite.errors import ConvrewriteError, StoreError
 from convrewrite.finalizing import blends_of, drop_convolutions, put_head
@@ -27,7 +27,8 @@ from convrewrite.training.heads import outputs_of
 from convrewrite.training.history import Row, csv_text, write_csv, write_curves
 from convrewrite.training.loop import Loop, Task
 from convrewrite.training.settings import Purpose, Settings, settings_from
-from convrewrite.training.student import pairs_of, teacher_of
+from convrewrite.training.solving import LEAST, is_solved, mark_solved, solve_blends, untouched
+from convrewrite.training.student import apart_of, pairs_of, teacher_of
 from convrewrite.training.timetable import timetable
 
 _NEEDED = ("accelerate", "tensorboard", "matplotlib")
@@ -156,8 +157,10 @@ def _run(request: _Request) -> Trained:
     check_enough(len(train), settings.batch_size, accelerator.num_processes, images.name)
     pairs = {} if teacher is None else pairs_of(model, teacher)
     per_epoch = len(train) // (settings.batch_size * accelerator.num_processes)
-    table = timetable(settings, request.purpose, per_epoch, blockwise=bool(pairs))
     run = _identity_of_run(request, model, teacher, images, accelerator.num_processes)
+    _solve(request, model, images, form)
+    apart = apart_of(model, pairs)
+    table = timetable(settings, request.purpose, per_epoch, blockwise=bool(apart))
     if accelerator.is_main_process and folder is not None:
         _make(folder, begin=not request.resume)
         checkpoints.clear_leftovers(folder)
@@ -169,6 +172,7 @@ def _run(request: _Request) -> Trained:
         model=model,
         teacher=teacher,
         pairs=pairs,
+        apart=apart,
         train=train,
         val=val,
         classes=classes,
@@ -209,6 +213,20 @@ def _prepared(images: Images, form: Form, settings: Settings) -> tuple[Prepared,
     train = Prepared(images.train, transform_for(form, augment), seed=settings.seed, name=images.name)
     val = Prepared(images.val, transform_for(form, frozenset()), seed=settings.seed, name=f"{images.name} (measured)")
     return train, val
+
+
+def _solve(request: _Request, model: nn.Module, images: Images, form: Form) -> None:
+    """Solve the blocks beside their convolutions, unless they were trained or solved before, or images are few."""
+    settings, note = request.settings, provenance.of(model)
+    if not settings.solve or not settings.anneal or note is None or note.since.steps or len(images.train) < LEAST:
+        return
+    if any(not untouched(blend) or is_solved(blend) for blend in blends_of(model).values()):
+        return
+    if request.resume:
+        mark_solved(model)  # a checkpoint will bring the values
+        return
+    plain = Prepared(images.train, transform_for(form, frozenset()), seed=settings.seed, name=images.name)
+    solve_blends(model, drawn(plain, settings.solve, settings.seed), seed=settings.seed)
 
 
 def _fit_outputs(request: _Request, model: nn.Module, images: Images, val: Prepared) -> tuple[int, nn.Module | None]:

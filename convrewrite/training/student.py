@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -15,6 +15,7 @@ from convrewrite.editing import exchange
 from convrewrite.errors import ConvrewriteError
 from convrewrite.finalizing import blends_of
 from convrewrite.stands import stand_of
+from convrewrite.training.groups import kinds_of
 from convrewrite.training.losses import logits_of, relative_error
 
 
@@ -24,12 +25,14 @@ class Student(nn.Module):
     Args:
         model: the model to train.
         pairs: site -> convolution of the original that stood there; not part of the student's parameters.
+        apart: those of the sites whose blocks are trained block by block.
     """
 
-    def __init__(self, model: nn.Module, pairs: Mapping[str, nn.Module]) -> None:
+    def __init__(self, model: nn.Module, pairs: Mapping[str, nn.Module], apart: Collection[str]) -> None:
         super().__init__()
         self.model = model
         self._pairs = dict(pairs)
+        self._apart = tuple(apart)
 
     def forward(self, images: Tensor, blockwise: bool, sites: bool) -> tuple[Tensor, dict[str, Tensor]]:  # noqa: FBT001
         """(logits, outputs of the sites if `sites`); block by block, (mean relative error, {}).
@@ -44,8 +47,8 @@ class Student(nn.Module):
         return logits, {path: output for path, (_, output) in seen.items()}
 
     def _blockwise(self, images: Tensor) -> Tensor:
-        """Every block against its convolution, both on what arrives at the site in this model."""
-        modules = {path: self.model.get_submodule(path) for path in self._pairs}
+        """Every new block against its convolution, both on what arrives at the site in this model."""
+        modules = {path: self.model.get_submodule(path) for path in self._apart}
         with torch.no_grad(), watched(modules) as seen:
             self.model(images)
         errors = []
@@ -118,3 +121,17 @@ def pairs_of(model: nn.Module, teacher: nn.Module) -> dict[str, nn.Module]:
         if stand is not None and stand.edit not in wide and path in convolutions:
             found[path] = convolutions[path]
     return found
+
+
+def apart_of(model: nn.Module, pairs: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """The sites of `pairs` whose blocks have new parameters.
+
+    A block that holds its convolution, or was solved from it, computes it (nearly) already: to train it towards the
+    convolution with a rate that is made for new blocks only takes it away from there.
+    """
+    kinds, found = kinds_of(model), []
+    for path in pairs:
+        below = f"{path}.block." if isinstance(model.get_submodule(path), Blend) else f"{path}."
+        if any(kind == "new" and name.startswith(below) for name, kind in kinds.items()):
+            found.append(path)
+    return tuple(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,23 @@ from torch import Tensor, nn
 
 from convrewrite.bench import recovery
 from convrewrite.bench.fits import small_resnet
-from convrewrite.bench.recovery import Entry, Run, Study, batches, begun, marks_of, read, runs, study
-from convrewrite.bench.recovery_report import markdown, median_step, noise_of, picture, reached, summaries
+from convrewrite.bench.recovery import read, runs, study
+from convrewrite.bench.recovery_report import (
+    markdown,
+    median_step,
+    noise_of,
+    picture,
+    reached,
+    summaries,
+    verdict_table,
+    verdicts,
+)
+from convrewrite.bench.recovery_setting import ENTRIES, Entry, Run, Study
+from convrewrite.bench.recovery_training import batches, begun, marks_of, recipe
 from convrewrite.errors import ConvrewriteError
+from convrewrite.finalizing import blends_of
+from convrewrite.training.settings import settings_from
+from convrewrite.training.solving import is_solved
 
 TINY = Study(steps=2, original_steps=1, train=16, test=8, batch=8, shrink=4, width=4)
 WIDE = Entry("sasa_wide", {}, ("exact",))
@@ -111,7 +126,8 @@ def test_a_study_that_was_stopped_goes_on_to_the_same_rows(digits: tuple[Tensor,
 
 
 def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{**row, "seconds": 0, "points": [tuple(point) for point in row["points"]]} for row in rows]
+    marks = ("points", "last")
+    return [{**row, "seconds": 0, **{key: [tuple(point) for point in row[key]] for key in marks}} for row in rows]
 
 
 def test_rows_of_another_study_are_not_added_to(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
@@ -150,6 +166,54 @@ def test_the_picture_is_a_png_and_needs_runs(tmp_path: Path) -> None:
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ConvrewriteError, match="no runs to draw yet"):
         picture([], tmp_path / "none.png")
+
+
+@pytest.mark.parametrize(
+    ("start", "other", "held"),
+    [(0, None, True), (1, None, True), (2, None, False), (1, 10, True), (2, 10, False), (None, None, False)],
+)
+def test_a_tenth_is_of_random_attention_s_steps_or_of_all_if_it_did_not_arrive(
+    start: int | None, other: int | None, held: bool
+) -> None:
+    def row(condition: str, first: int | None) -> dict[str, Any]:
+        points = [[step, 0.9 if first is not None and step >= first else 0.1] for step in (0, 1, 2, 10)]
+        return {"block": "b", "condition": condition, "seed": 0, "points": points, "alone": 5}
+
+    rows = [{**row("original", 0), "block": ""}, row("random", other), row("exact", start), row("scratch", 0)]
+    (found,) = verdicts(rows, 100)
+    assert (found.block, found.condition, found.steps, found.random) == ("b", "exact", start, other)
+    assert found.tenth == held
+    assert (found.alone, found.original, found.trained) == (5, 0.9, 0.9)
+    assert f"| {'yes' if held else 'no'} | 5 | " in verdict_table(rows, 100)
+
+
+def test_convrewrite_s_recipe_is_the_defaults_and_random_attention_sees_labels_alone() -> None:
+    ours, random = (recipe(Study(), name) for name in ("exact", "random"))
+    defaults = settings_from({"steps": 150, "lr": 3e-4, "imitate": 1.0, "smoothing": 0.0, "solve": 128})
+    assert ours == defaults == recipe(Study(), "original")
+    assert (random.imitate, random.lr) == (0.0, 3e-3)
+
+
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.insert], ids=lambda entry: entry.name)
+def test_inserted_blocks_start_as_nothing_and_take_part_where_random(original: nn.Module, entry: Entry) -> None:
+    none = (torch.empty(0), torch.empty(0))
+    x = torch.randn(4, 1, 7, 7, generator=torch.Generator().manual_seed(1))
+    exact, random = (begun(TINY, none, original, Run(entry.name, c, 0), entry).eval() for c in ("exact", "random"))
+    with torch.no_grad():
+        assert torch.equal(exact(x), original(x))
+        assert not torch.equal(random(x), original(x))
+
+
+def test_an_exact_start_beside_its_convolutions_has_solved_blocks(
+    original: nn.Module, digits: tuple[Tensor, Tensor]
+) -> None:
+    acmix = ENTRIES[0]
+    setting = Study(train=24, shrink=4, width=4, calibrate=64)
+    many = (digits[0].repeat(4, 1, 1, 1), digits[1].repeat(4))
+    model = begun(replace(setting, train=96), many, original, Run("acmix", "exact", 0), acmix)
+    blends = blends_of(model)
+    assert len(blends) == 6
+    assert all(is_solved(blend) for blend in blends.values())
 
 
 def test_accuracy_is_measured_soon_and_at_the_end() -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convrewrite.blocks.base import BLOCKS, Block, conv_spec
+from convrewrite.blocks.folding import Affine
 from convrewrite.sites import Place
 from tests.blocks import EXPORT, TOLERANCE
 
@@ -265,6 +266,80 @@ def test_an_exact_block_starts_as_the_bitwise_identity(dtype: torch.dtype) -> No
             assert torch.equal(block.train()(x), x), f"{name}-{where}"
 
 
+def after_it(channels: int) -> Affine:
+    """Factors of both signs, as a trained batch norm has them, and one 0."""
+    scale = torch.randn(channels, dtype=torch.float64)
+    scale[0] = 0
+    return Affine(scale, torch.randn(channels, dtype=torch.float64))
+
+
+def check_fused(block: Block, x: Tensor) -> None:
+    """Its form for inference computes the same, at two sizes, with and without a batch norm after it."""
+    before = copy.deepcopy(block.state_dict())
+    sizes = x, torch.randn(1, x.shape[1], x.shape[2] + 3, x.shape[3] + 2, dtype=x.dtype)
+    for after in (None, after_it(block.out_channels)):
+        fused = block.fused(after)
+        if fused is None:
+            continue
+        for image in sizes:
+            want = block(image)
+            if after is not None:
+                want = want * after.scale.view(-1, 1, 1) + after.shift.view(-1, 1, 1)
+            got = fused(image)
+            assert got.is_contiguous()
+            torch.testing.assert_close(got, want, **TOLERANCE[x.dtype])
+        shared = {p.data_ptr() for p in fused.parameters()} & {p.data_ptr() for p in block.parameters()}
+        assert not shared
+    for key, value in block.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+@everywhere
+def test_fused_it_computes_the_same(name: str, where: str) -> None:
+    block, at = build(name, where)
+    awake(block).double()
+    x = torch.randn(at.in_shape, dtype=torch.float64)
+    with torch.no_grad():
+        check_fused(block, x)
+    assert block.plain() is None
+    content = block.content()
+    assert content is None or content > 0
+
+
+HOLDING = [
+    (block, where)
+    for block, where in TAKEN
+    if where.startswith("replace ")
+    and BLOCKS.get(block).holds(
+        place(where.split(" ", 1)[1], "replace", BLOCKS.get(block).span), BLOCKS.get(block).Options()
+    )
+]
+
+
+@pytest.mark.parametrize(("name", "where"), HOLDING, ids=[f"{b}-{w}" for b, w in HOLDING])
+def test_a_block_that_holds_a_convolution_gives_it_back(name: str, where: str) -> None:
+    block, at = build(name, where)
+    conv = convolution(where.split(" ", 1)[1]).double()
+    block.double().load_conv(conv)
+    plain = block.plain()
+    assert type(plain) is nn.Conv2d
+    assert block.content() == 0
+    assert conv_spec(plain) == conv_spec(conv)
+    torch.testing.assert_close(plain.weight, conv.weight, **TOLERANCE[torch.float64])
+    assert (plain.bias is None and conv.bias is None) or torch.equal(plain.bias, conv.bias)  # type: ignore[arg-type]
+    with torch.no_grad():
+        check_fused(block, torch.randn(at.in_shape, dtype=torch.float64))
+
+
+def test_a_block_that_starts_as_the_identity_says_so() -> None:
+    for name, where in TAKEN:
+        if BLOCKS.get(name).exact and where.startswith("insert "):
+            block, _ = build(name, where)
+            assert type(block.plain()) is nn.Identity, f"{name}-{where}"
+            assert type(block.fused()) is nn.Identity
+            assert block.content() == 0
+
+
 def variants() -> list[tuple[str, str, dict[str, Any]]]:
     """(block, place, option): every other value of options that have few (yes or no, one of several words)."""
     found = []
@@ -305,6 +380,9 @@ def test_the_contract_holds_for_every_word_of_an_option(name: str, where: str, o
     torch.testing.assert_close(compiled(x), want, **TOLERANCE[x.dtype])
     if cls.exact and where.startswith("insert "):
         assert torch.equal(cls(at, options)(x), x)
+        assert type(cls(at, options).plain()) is nn.Identity
+    with torch.no_grad():
+        check_fused(block.double(), x.double())
 
 
 @once

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +46,10 @@ def saved(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("saved") / "model"
     result = run("--calibrate", photos, "--out", out)
     assert result.exit_code == 0, result.output
-    assert "Fits" in result.stdout and "NMSE held out" in result.stdout
+    fits = result.stdout.partition("\nFits\n")[2]
+    assert "9 images fitted on, 3 held out to measure on." in fits
+    for path in ("layer1.0.conv2", "layer1.1.conv2", "layer2.0.conv2", "layer2.1.conv2"):  # five measurements each
+        assert re.search(rf"^ +{re.escape(path)} +acmix( +\d\S*){{5}}$", fits, re.MULTILINE), fits
     return out
 
 
@@ -111,6 +116,33 @@ def test_a_block_that_cannot_be_fitted_says_so() -> None:
     result = CliRunner().invoke(main, ["plan", NET, "--rules", "botnet", "--start", "fitted", "--input", "1x3x12x12"])
     assert result.exit_code == 1
     assert "has no fitted start for replace, it cannot be solved from a convolution" in result.stderr
+
+
+def _killed(kills: int, folder: Path) -> list[dict[str, Any]]:
+    root = Path(__file__).resolve().parents[2]
+    arguments = [sys.executable, "-W", "error", "-m", "tests.calibration.killing", str(kills), "0", str(folder)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=root)
+    assert done.returncode == 0, done.stderr
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    for (
+        kill
+    ) in found:  # the old folder or the new one, and where there was none perhaps none; the next run is as the first
+        assert kill["left"] == "all" or (kill["left"], kill["stood"]) == ("nothing", False), kill
+        assert kill["same"] and not kill["stays"], kill
+    return found
+
+
+def test_a_calibration_that_is_killed_leaves_all_or_nothing_and_is_repeated_to_the_same_bytes(tmp_path: Path) -> None:
+    assert len(_killed(2, tmp_path)) == 2
+
+
+@pytest.mark.slow
+def test_thirty_kills_of_a_calibration_leave_all_or_nothing_and_nothing_in_the_way(tmp_path: Path) -> None:
+    found = _killed(30, tmp_path)
+    assert len(found) == 30
+    assert sum(kill["died"] for kill in found) > 20
+    assert {kill["stood"] for kill in found if kill["died"]} == {True, False}
+    assert any(kill["hidden"] for kill in found)  # some died while the folder was being filled
 
 
 def test_a_kill_at_any_moment_leaves_nothing_half_written(photos: Path, tmp_path: Path) -> None:

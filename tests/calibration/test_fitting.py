@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import convrewrite as cr
+from convrewrite import provenance
 from convrewrite.calibration import fitted_edits
 from convrewrite.calibration.agreement import agreement, outputs
 from convrewrite.calibration.fitting import Settings, fit_on_images
@@ -194,3 +196,88 @@ def test_agreement_is_divergence_in_nats_and_the_share_of_equal_top_classes() ->
     assert found.top1 == 0.5
     maps = agreement([torch.ones(1, 2, 2, 2) * torch.tensor([1.0, 3.0])], [torch.full((1, 2, 2, 2), 1.0)])
     assert maps.top1 is None and maps.divergence == pytest.approx(2.0)
+
+
+def few(names: list[str], nmse: float, start: str = "fitted") -> cr.Rule:
+    change = {"block": "sasa_wide", "nmse": nmse}
+    return cr.Rule(id="r", match={"name": names}, replace=change, start=start, shared="together")
+
+
+@pytest.mark.parametrize("with_images", [True, False])
+def test_heads_chosen_by_nmse_are_the_fewest_and_stand_in_the_plan_that_is_saved(
+    net: nn.Module, with_images: bool, tmp_path: Path
+) -> None:
+    data = images() if with_images else None
+    planned = cr.plan(net, few(["first", "twice"], 0.1), example=SHAPE)
+    assert [e.options["heads"] for e in planned.edits] == [None, None]
+    assert any("the fit chooses the fewest sasa_wide heads that lose at most 0.1 of" in note for note in planned.notes)
+    model, report = cr.rewrite(net, planned, calibrate=data)
+    assert report.calibration is not None and report.ok
+    heads = {e.path: e.options["heads"] for e in report.plan.edits}
+    first = report.calibration.sites[0]  # with nothing before it that is lost already
+    expected = first.nmse_fit if with_images else first.nmse_free
+    assert first.edit == "first" and expected is not None and expected <= 0.1
+    for path, number in heads.items():
+        assert 1 < number < 9 and model.get_submodule(path).heads == number
+    fewer = {"block": "sasa_wide", "heads": heads["first"] - 1}
+    worse = cr.rewrite(net, rule(["first"], **fewer), example=SHAPE, calibrate=data).report.calibration
+    assert worse is not None
+    assert ((worse.sites[0].nmse_fit if with_images else worse.sites[0].nmse_free) or 0) > 0.1
+
+    after = sum(p.numel() for p in model.parameters())
+    assert report.plan.totals.params_after == after < planned.totals.params_after
+    assert sum(e.after.params - e.before.params for e in report.plan.edits) == after - planned.totals.params_before
+    assert not any("the fit chooses" in note for note in report.plan.notes)
+    assert any("heads chosen at" in note for note in report.plan.notes)
+
+    cr.save(model, tmp_path / "model", report=report)
+    loaded, x = cr.load(tmp_path / "model", base=Net()), images(2)
+    saved = Plan.from_json((tmp_path / "model" / "plan.json").read_text())
+    assert saved.hash == report.plan.hash != planned.hash
+    assert torch.equal(loaded(x), model(x))
+    again, repeated = cr.rewrite(net, saved, calibrate=data)
+    assert repeated.plan.hash == saved.hash and torch.equal(again(x), model(x))
+
+
+def test_heads_are_chosen_again_with_images_from_all_that_the_plan_allows(net: nn.Module) -> None:
+    """What the fit without images settled on, before, does not limit the one with images."""
+    x = torch.randn(64, *SHAPE[1:])  # noise: pixels are not alike, so that more heads are needed than the prior expects
+    free = cr.rewrite(net, few(["first"], 0.1), example=SHAPE).report.plan.edits[0].options["heads"]
+    aware = cr.rewrite(net, few(["first"], 0.1), example=SHAPE, calibrate=x).report.plan.edits[0].options["heads"]
+    assert aware > free
+
+
+def test_a_rewrite_that_chooses_heads_remembers_the_model_that_it_was_made_of_and_no_plan_before(
+    net: nn.Module,
+) -> None:
+    model, report = cr.rewrite(net, few(["first"], 0.1), example=SHAPE)
+    note = provenance.of(model)
+    assert note is not None and note.source is None and note.plan == report.plan
+
+
+@pytest.mark.parametrize("start", ["exact", "fresh"])
+def test_heads_by_nmse_are_refused_where_nothing_is_fitted(net: nn.Module, start: str) -> None:
+    with pytest.raises(
+        ConvrewriteError, match=rf"chooses the heads of a fitted start, this one is {start}; use start: fit"
+    ):
+        cr.plan(net, few(["first"], 0.1, start), example=SHAPE)
+
+
+@pytest.mark.parametrize("nmse", [0, -1, 1.5])
+def test_an_nmse_that_is_no_share_is_one_line(net: nn.Module, nmse: float) -> None:
+    with pytest.raises(ConvrewriteError, match=r"sasa_wide\.nmse: input should be") as caught:
+        cr.plan(net, few(["first"], nmse), example=SHAPE)
+    assert "\n" not in str(caught.value)
+
+
+def test_heads_are_not_asked_to_make_up_for_what_the_sites_before_lost(net: nn.Module) -> None:
+    """`twice` reads what `second` with one head left of the image; more heads would bring none of that back."""
+    x = images(60)
+    rules = [cr.Rule(id="poor", match={"name": ["second"]}, replace={"block": "sasa_wide", "heads": 1}, start="fitted")]
+    rules.append(few(["twice"], 0.2))
+    report = cr.rewrite(net, rules, example=SHAPE, calibrate=x).report
+    assert report.calibration is not None
+    poor, after = report.calibration.sites
+    assert poor.nmse_fit is not None and poor.nmse_fit > 0.2
+    assert after.nmse_fit is not None and after.nmse_fit > 0.2
+    assert {e.path: e.options["heads"] for e in report.plan.edits}["twice"] < 9

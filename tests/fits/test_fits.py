@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convrewrite.blocks.base import BLOCKS, Block, conv_spec
+from convrewrite.blocks.sasa import SASAOptions
 from convrewrite.calibration.moments import Sums, draw, patches
 from convrewrite.errors import ConvrewriteError
 from convrewrite.fits.base import FITS, can_fit, fit_of, refuse_fit
@@ -250,8 +251,14 @@ def test_blocks_without_a_fit_and_places_that_cannot_be_fitted_say_why() -> None
     spec = conv_spec(convolution(stride=2))
     place = Place((1, 8, 10, 10), (1, 8, 5, 5), spec)
     assert refuse_fit("mhsa", place, BLOCKS.get("mhsa").Options()) == "it cannot be solved from a convolution"
-    reason = refuse_fit("sasa", place, BLOCKS.get("sasa").Options())
-    assert reason is not None and reason.startswith("stride 2")
+    dilated = Place((1, 8, 10, 10), (1, 8, 4, 4), conv_spec(convolution(stride=2, dilation=2)))
+    for name, options in {"sasa": {"window": 3}, "outlook": {}}.items():
+        reason = refuse_fit(name, dilated, BLOCKS.get(name).Options.model_validate(options))
+        assert reason is not None and reason.startswith("stride 2 is made by pooling, which with dilation 2")
+        assert can_fit(name, place, BLOCKS.get(name).Options.model_validate(options))
+    untold = refuse_fit("sasa", place, SASAOptions(position="none"))
+    assert untold is not None and untold.startswith("position none cannot tell offsets apart")
+    assert can_fit("sasa", place, SASAOptions(position="none", offset_bias=True))
     assert not can_fit("acmix", Place((1, 8, 4, 4), (1, 8, 4, 4)), BLOCKS.get("acmix").Options())
     assert can_fit("sasa_wide", place, BLOCKS.get("sasa_wide").Options())
 

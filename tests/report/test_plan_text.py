@@ -164,3 +164,16 @@ def test_an_unknown_format_is_an_error_with_the_closest() -> None:
     assert REPORTS.names() == ["html", "json", "markdown", "text"]
     with pytest.raises(ConvrewriteError, match="did you mean 'markdown'"):
         render_plan(sample.plan(), "markdwn")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ((1, 3, 224, 224), "at 1x3x224x224, rules"),  # the stem of the sample sees 224 x 224
+        ((1, 3, 128, 160), "at 1x3x128x160 (resized to 224x224 inside), rules"),
+        ((1, 3, 300, 300), "at 1x3x300x300 (resized to 224x224 inside), rules"),
+        ((1, 3, 448, 448), "at 1x3x448x448, rules"),  # cut into patches of 2 x 2, not resized
+    ],
+)
+def test_a_model_that_resizes_its_images_says_to_which_size(given: tuple[int, ...], said: str) -> None:
+    assert said in render_plan(replace(sample.plan(), input_shape=given), "text").splitlines()[0]

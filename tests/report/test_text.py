@@ -7,6 +7,8 @@ import sys
 from dataclasses import replace
 
 from convrewrite.report import render, render_sites
+from convrewrite.report.document import table
+from convrewrite.report.narrow import text_of
 from tests.report import sample
 from tests.report.sample import Golden
 
@@ -105,3 +107,26 @@ def test_reports_import_no_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_tables_fit_a_terminal_of_100_columns() -> None:
+    """The totals below the table and the conclusion are sentences and may be longer."""
+    texts = [render_sites(sample.resnet50_sites(), "text"), render(sample.report(), "text", verbose=True)]
+    lines = [line for text in texts for line in text.splitlines()]
+    sentences = ("53 convolutions (", "Result: ")
+    assert len(lines) > 100
+    assert [line for line in lines if len(line) > 100 and not line.startswith(sentences)] == []
+
+
+def test_a_table_is_wrapped_only_where_it_is_too_wide() -> None:
+    made = table(("name", "what it is"), [("a", "one two three four five six"), ("b", "seven")], "ll")
+    assert text_of(made, 40).splitlines()[2:] == ["a     one two three four five six", "b     seven"]
+    assert text_of(made, 26).splitlines()[2:] == ["a     one two three four", "      five six", "b     seven"]
+
+
+def test_kinds_of_change_are_numbered_where_there_are_several() -> None:
+    """The sample replaces 16 convolutions in one way and inserts one block."""
+    text = render(sample.report(), "text")
+    assert "  => (1) acmix form=ordered heads=4 window=7   exact (blend)   16 sites" in text
+    assert "  => (2) non_local channels=512 pool=1   exact (zero gate)   1 site" in text
+    assert sum(line.endswith("~ acmix (1)") for line in text.splitlines()) == 16

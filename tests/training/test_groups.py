@@ -111,6 +111,18 @@ def test_a_block_that_holds_the_convolution_counts_as_fitted() -> None:
     assert all(name.split(".")[2] == "conv2" for name in _names(groups, "fitted"))
 
 
+def test_attention_that_is_added_to_a_whole_convolution_is_new_and_that_convolution_carried() -> None:
+    replace = {"block": "aa_conv", "form": "residual", "heads": 2, "min_key_dim": 4}
+    rule = {"id": "r", "match": {"role": "bottleneck_spatial"}, "replace": replace, "exclude": {"stride": 2}}
+    model, report = cr.rewrite(_residual(), {"version": 1, "name": "t", "rules": [rule]}, example=SHAPE)
+    assert {edit.how for edit in report.plan.edits} == {"holds the conv"}
+    for edit in report.plan.edits:
+        below = f"{edit.path}."
+        kinds = {name.removeprefix(below): kind for name, kind in kinds_of(model).items() if name.startswith(below)}
+        assert {name for name, kind in kinds.items() if kind == "carried"} == {"conv_out.weight"}
+        assert {"qkv_conv.weight", "attn_out.weight"} < {name for name, kind in kinds.items() if kind == "new"}
+
+
 def test_a_model_that_was_never_rewritten_is_carried_as_a_whole_and_frozen_parameters_are_left_out() -> None:
     model = _residual()
     model.get_submodule("stem").requires_grad_(requires_grad=False)
