@@ -169,6 +169,7 @@ SMALLER: dict[str, tuple[str, int]] = {
     "torchvision:ssd": (_ONE_STAGE, 96),
     "torchvision:raft": ("", 128),
     "timm:inception": ("", 139),
+    "timm:deepseek_vit": ("depth=2", 64),  # its only convolution stands before 32 equal blocks
     "timm:efficientvim": ("", 224),  # at 64 its last batch norms see two values each, and rounding decides their signs
     "timm:rexnet": ("", 128),  # eight values, and 27 layers of swish behind them
 }
