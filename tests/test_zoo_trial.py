@@ -66,7 +66,7 @@ def test_a_good_model_is_copied_without_a_trace_and_rewritten_by_a_rule_that_fit
     assert row.roles == {"pointwise": 4, "bottleneck_spatial": 2, "stem": 1}
     assert row.applied in row.rules and row.rules["acmix"] == 2
     assert set(row.laws.values()) == {"held"}
-    assert set(row.seconds) == {"build", "capture", "copies", "plans", "rewrite"}
+    assert set(row.seconds) == {"build", "capture", "plan", "copies", "plans", "rewrite"}
 
 
 def test_a_model_that_no_rule_fits_says_what_it_has_instead(nets: str) -> None:

@@ -158,7 +158,7 @@ class NonLocal(Block):
     def _stays_map(self, x: Tensor) -> bool:
         """Whether attention runs on maps as they are: small ones in float32 or float64, channels first."""
         plain = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
-        return plain and x.is_contiguous() and holds_logits(x.shape[2] * x.shape[3], self.g.out_channels)
+        return plain and x.is_contiguous() and _small(self.options, x.shape[2] * x.shape[3], self.g.out_channels)
 
     def _embedded_gaussian(self, x: Tensor) -> Tensor:
         if self._stays_map(x):
@@ -264,6 +264,11 @@ def _sizes(place: Place, options: NonLocalOptions) -> tuple[int, int]:
     return height * width, max(1, height // 2) * max(1, width // 2)
 
 
+def _small(options: NonLocalOptions, size: int, inter: int) -> bool:
+    """Whether a softmax over a map of so many positions runs without tokens: x itself stands for them."""
+    return options.pairwise in ("embedded_gaussian", "gaussian") and holds_logits(size, inter)
+
+
 def _flops(place: Place, options: NonLocalOptions) -> int:
     batch, channels = place.in_shape[:2]
     inter, (size, keys) = _inter(place, options), _sizes(place, options)
@@ -285,18 +290,21 @@ def _activations(place: Place, options: NonLocalOptions) -> tuple[int, int]:
     """Elements (alive at once in inference, kept for training)."""
     batch, channels = place.in_shape[:2]
     inter, (size, keys) = _inter(place, options), _sizes(place, options)
-    projected, alive, kept = _gathering(options, channels, inter, size, keys)
+    tokens = 0 if _small(options, size, inter) else size * channels  # a copy of the map
+    projected, alive, kept = _gathering(options, tokens, channels, inter, size, keys)
     padded = options.pairwise == "gaussian" and not holds_logits(keys, inter)
     output, last = size * (max(channels, inter) if padded else inter), size * channels
     norm = last if options.norm == "batch" else 0  # its input is kept, its output lives beside it
-    infer = max(last + projected, alive, max(output + last + norm, 2 * last))
+    infer = max(tokens + projected, alive, max(output + last + norm, 2 * last))
     return batch * infer, batch * (kept + norm)
 
 
-def _gathering(options: NonLocalOptions, channels: int, inter: int, size: int, keys: int) -> tuple[int, int, int]:
+def _gathering(
+    options: NonLocalOptions, tokens: int, channels: int, inter: int, size: int, keys: int
+) -> tuple[int, int, int]:
     """Elements for one image: of projections beside the tokens, alive while y is computed, kept (y and tokens too)."""
     pool = options.sub_sample
-    tokens, query, key = size * channels, size * inter, keys * inter
+    query, key = size * inter, keys * inter
     full = query if pool else 0  # what goes into a max pool is kept for its backward pass
     projected = 2 * (query + key) if pool else 3 * query
     if options.pairwise == "embedded_gaussian":
@@ -306,7 +314,8 @@ def _gathering(options: NonLocalOptions, channels: int, inter: int, size: int, k
         alive, kept = attend_elements(size, keys, channels, inter)
         own = keys * channels if pool else 0  # without a pool the keys are the tokens
         projected = query + own + (key if pool else 0)
-        return projected, alive + tokens + own + key, kept + full - (0 if pool else tokens)
+        twice = (2 if own == 0 else 1) * size * channels  # queries, and the same as keys: both are the tokens
+        return projected, alive + tokens + own + key, kept + full + tokens - twice
     if options.pairwise == "dot_product":
         middle = size * keys if _matrix_first(size, keys, inter) else inter**2
         alive = max(query + 3 * key, 2 * (query + key) + middle)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 
 from convrewrite.zoo.models import Entry
@@ -46,16 +46,24 @@ def summary(rows: Sequence[Row]) -> str:
         f"{good} of {len(rows)} models good: {applied} with a rule applied and its laws held, {good - applied} where "
         "no rule fits."
     ]
-    timed = [row.seconds for row in rows if {"capture", "plans"} <= set(row.seconds)]
-    if timed:
-        capture = median(one["capture"] for one in timed)
-        both = median(one["capture"] + one["plans"] for one in timed)
-        files = f"{both:.2f} s with the plans of all files (on one thread, beside other work)"
-        lines += ["", f"Median time beyond building: {capture:.2f} s to capture, {files}."]
+    lines += _times([row.seconds for row in rows])
     exceptions = [f"- `{row.spec}`: {_cell(row.result)}" for row in rows if not row.good]
     if exceptions:
         lines += ["", f"Exceptions ({len(exceptions)}):", "", *exceptions]
     return "\n".join(lines)
+
+
+def _times(seconds: Sequence[Mapping[str, float]]) -> list[str]:
+    """Medians beyond building the model, of the rows that have them."""
+    one = [row["plan"] for row in seconds if "plan" in row]
+    every = [row["capture"] + row["plans"] for row in seconds if {"capture", "plans"} <= set(row)]
+    parts = []
+    if one:
+        under = sum(value < 1 for value in one)
+        parts.append(f"{median(one):.2f} s to capture and plan one rule file (under a second for {under} of {len(one)})")
+    if every:
+        parts.append(f"{median(every):.2f} s to capture and plan all of them in a new process")
+    return ["", f"Median time beyond building, on one thread: {'; '.join(parts)}."] if parts else []
 
 
 def _section(group: str, rows: Sequence[Row]) -> str:

@@ -62,6 +62,8 @@ def _tried(row: Row, seconds: dict[str, float]) -> Row:
     if not plans:
         return replace(row, none=_why_none(graph.sites, refusals))
     chosen = min(plans, key=lambda name: (plans[name].totals.flops_after, len(plans[name].edits)))
+    with _timed(seconds, "plan"):  # what a user waits for before anything is changed
+        plan(model, chosen, example=example, name=row.spec)
     with _timed(seconds, "rewrite"):
         _, report = rewrite(model, chosen, example=_batch(example), name=row.spec, force=True)
     broken = next((law.detail for law in report.laws if law.status == "broken"), "")
