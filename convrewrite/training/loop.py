@@ -28,6 +28,7 @@ from convrewrite.training.groups import kinds_of, param_groups
 from convrewrite.training.history import Board, Row, write_csv
 from convrewrite.training.measuring import measure
 from convrewrite.training.settings import Purpose, Settings
+from convrewrite.training.sharding import WholeState, gather, spread, whole
 from convrewrite.training.student import Student, watched
 from convrewrite.training.timetable import Timetable
 
@@ -68,34 +69,63 @@ class Loop:
         self.task, self.accelerator, self.settings = task, accelerator, task.settings
         self.first = accelerator.is_main_process
         settings = task.settings
-        if settings.channels_last:
-            task.model.to(memory_format=torch.channels_last)
-        self.kinds = kinds_of(task.model)
-        self.names = {id(parameter): name for name, parameter in task.model.named_parameters()}
+        self.spread = settings.shard and accelerator.num_processes > 1
         task.model.to(accelerator.device)
+        if settings.channels_last and not self.spread:
+            task.model.to(memory_format=torch.channels_last)
         self.teacher = None if task.teacher is None else task.teacher.to(accelerator.device).eval()
-        self.optimizer = accelerator.prepare(_optimizer(task.model, settings))
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.average = Averaged(task.model, settings.ema) if settings.ema else None
+        self.model = copy.deepcopy(task.model) if self.spread else task.model
+        self.kinds = kinds_of(self.model)
+        self.average = Averaged(self.model, settings.ema) if settings.ema else None
         table = task.table
         self.annealer: Annealer | None = None
         if table.fade is not None:
             self.annealer = Annealer(
-                task.model, table.fade, settings.schedule, delay=table.blocks_end, theseus=settings.theseus
+                self.model, table.fade, settings.schedule, delay=table.blocks_end, theseus=settings.theseus
             )
-        average = None if self.average is None else self.average.model
-        self.parts = Parts(task.model, average, self.optimizer, accelerator.scaler)
         self.at = Standing()
         self.best_state: dict[str, Tensor] | None = None
-        if resume and task.folder is not None:
-            self.at = checkpoints.read(task.folder / "last", self.parts, task.run)
-        if settings.compile:
-            task.model.compile()
-        self.student = accelerator.prepare(Student(task.model, task.pairs, task.apart))
+        if self.spread:
+            self._begin_spread(resume=resume)
+        else:
+            self._begin(resume=resume)
         self.mix = losses.mixer(settings, task.classes)
         self.board: Board | None = None
         if task.folder is not None and self.first:
             self.board = Board(task.folder / "tensorboard", self.at.step)
+
+    def _begin(self, *, resume: bool) -> None:
+        """A whole model in each process."""
+        accelerator, task = self.accelerator, self.task
+        self.optimizer = accelerator.prepare(_optimizer(self.model, self.settings))
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]  # before a checkpoint's take their place
+        average = None if self.average is None else self.average.model
+        self.parts = Parts(self.model, average, self.optimizer, accelerator.scaler)
+        if resume and task.folder is not None:
+            self.at = checkpoints.read(task.folder / "last", self.parts, task.run)
+        if self.settings.compile:
+            self.model.compile()
+        self.student = accelerator.prepare(Student(self.model, task.pairs, task.apart))
+
+    def _begin_spread(self, *, resume: bool) -> None:
+        """A part of the model in each process; checkpoints are of the whole."""
+        accelerator, task, device = self.accelerator, self.task, self._device()
+        average = None if self.average is None else self.average.model
+        self.state = WholeState()
+        if resume and task.folder is not None:
+            read = Parts(self.model, average, self.state)
+            self.at = checkpoints.read(task.folder / "last", read, task.run)
+        whole_average = None if average is None else copy.deepcopy(average)
+        self.student = Student(self.model, task.pairs, task.apart)
+        spread(self.student, device, apart=bool(task.apart))
+        if average is not None:
+            spread(average, device, apart=True)
+        self.optimizer = accelerator.prepare(_optimizer(self.model, self.settings))
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]  # before a checkpoint's take their place
+        self.state.attach(self.optimizer)
+        self.parts = Parts(task.model, whole_average, self.state)
+        if self.settings.compile:
+            self.model.compile()
 
     def run(self) -> Standing:
         """Train to the end; the model of the task then has the weights that are kept."""
@@ -161,7 +191,7 @@ class Loop:
         if self.annealer is not None:
             self.annealer.set(self.at.step + 1)
         if self.average is not None:
-            self.average.update(self.task.model, self.at.step + 1)
+            self.average.update(self.model, self.at.step + 1)
         epoch = round((self.at.step + 1) / self.task.table.per_epoch, 4)
         return {
             "step": self.at.step + 1,
@@ -182,10 +212,10 @@ class Loop:
         if settings.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         if phase == "blocks":
-            error: Tensor = self.student(images, True, False)[0]  # noqa: FBT003
+            error: Tensor = self._run_student(images, blockwise=True)[0]
             return error
         wants_sites = bool(settings.features) and bool(task.pairs)
-        logits, sites = self.student(images, False, wants_sites)  # noqa: FBT003
+        logits, sites = self._run_student(images, sites=wants_sites)
         loss = torch.zeros((), device=logits.device)
         if task.purpose == "finetune":
             loss = loss + losses.cross_entropy(logits, labels, settings.smoothing)
@@ -199,14 +229,22 @@ class Loop:
                 loss = loss + settings.features * torch.stack(errors).mean()
         return loss
 
+    def _run_student(self, images: Tensor, *, blockwise: bool = False, sites: bool = False) -> Any:
+        if not self.spread:
+            return self.student(images, blockwise, sites)
+        from accelerate.utils import convert_to_fp32
+
+        with self.accelerator.autocast():  # as accelerate does around what it prepares
+            return convert_to_fp32(self.student(images, blockwise, sites))
+
     def _drop_gradients(self, phase: str) -> list[nn.Parameter]:
         """Leave gradients to what this phase trains; returns those parameters.
 
         Not by ``requires_grad``: what keeps several processes in step counts the parameters once.
         """
         trained = []
-        for parameter in self.task.model.parameters():
-            if phase != "all" and self.kinds[self.names[id(parameter)]] == "carried":
+        for name, parameter in self.model.named_parameters():
+            if phase != "all" and self.kinds[name] == "carried":
                 parameter.grad = None
             elif parameter.grad is not None:
                 trained.append(parameter)
@@ -217,7 +255,7 @@ class Loop:
         self.student.train()
         if phase == "all":
             return
-        for path, module in self.task.model.named_modules():
+        for path, module in self.model.named_modules():
             kind = self.kinds.get(f"{path}.weight" if path else "weight", "carried")
             if isinstance(module, _NormBase) and kind == "carried":
                 module.eval()
@@ -243,15 +281,21 @@ class Loop:
         return measure(self._shown(), shown, accelerator, teacher=self.teacher, temperature=settings.temperature)
 
     def _shown(self) -> nn.Module:
-        """The model whose quality counts: the averaged one, if there is one."""
-        return self.task.model if self.average is None else self.average.model
+        """The model whose quality counts: the averaged one, if there is one. Every process has to ask."""
+        if not self.spread:
+            return self.model if self.average is None else self.average.model
+        if self.average is None or self.parts.average is None:
+            gather(self.model, self.task.model)
+            return self.task.model
+        gather(self.average.model, self.parts.average)
+        return self.parts.average
 
     def _state(self) -> Row:
         """How far the blends are: anneal, and the mean of |gate|; a model without blends has none of the two."""
         blends = self.annealer.blends if self.annealer is not None else ()
         if not blends or self.annealer is None:
             return {}
-        gates = torch.cat([blend.gate.detach().flatten().float() for blend in blends])
+        gates = torch.cat([whole(blend.gate.detach()).flatten().float() for blend in blends])
         return {"anneal": self.annealer.value, "gate": float(gates.abs().mean())}
 
     def _rank(self, row: Row) -> None:
@@ -272,10 +316,11 @@ class Loop:
             at.stopped = self.task.purpose == "distill" and 0 < settings.patience <= at.waited
 
     def _keep_best(self) -> None:
+        shown = self._shown()
         if self.task.folder is None:
-            self.best_state = copy.deepcopy(self._shown().state_dict())
+            self.best_state = copy.deepcopy(shown.state_dict())
         elif self.first:
-            checkpoints.write_best(self.task.folder / "best", self._shown())
+            checkpoints.write_best(self.task.folder / "best", shown)
 
     def _keep(self) -> None:
         """Put the weights that are to be kept into the model."""
@@ -289,6 +334,10 @@ class Loop:
             model.load_state_dict(self.best_state)
 
     def _save(self) -> None:
+        if self.task.folder is not None and self.spread:
+            self._shown()
+            gather(self.model, self.task.model)
+            self.state.gather()
         if self.task.folder is not None and self.first:
             checkpoints.write(self.task.folder / "last", self.parts, self.at, self.task.run)
             write_csv(self.at.history, self.task.folder / "history.csv")

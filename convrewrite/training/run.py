@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -103,7 +104,7 @@ def finetune(
     Raises:
         ConvrewriteError: one line, for whatever does not fit.
     """
-    chosen, place = settings_from(settings), None if out is None else Path(out)
+    chosen, place = _as_launched(settings_from(settings)), None if out is None else Path(out)
     flags = {"resume": resume, "overwrite": overwrite, "download": download}
     return _run(
         _Request("finetune", model, data, val, teacher, teacher_weights, place, chosen, **flags, watch=watch, bar=bar)
@@ -130,7 +131,7 @@ def distill(
     First each block imitates its convolution, then the whole network the original's logits. Arguments, result
     and errors as for `finetune`.
     """
-    chosen, place = settings_from(settings), None if out is None else Path(out)
+    chosen, place = _as_launched(settings_from(settings)), None if out is None else Path(out)
     flags = {"resume": resume, "overwrite": overwrite, "download": download}
     return _run(
         _Request("distill", model, data, val, teacher, teacher_weights, place, chosen, **flags, watch=watch, bar=bar)
@@ -197,6 +198,18 @@ def _check_installed() -> None:
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ConvrewriteError(f"training needs {', '.join(missing)}", fix="pip install 'convrewrite[train]'")
+
+
+def _as_launched(settings: Settings) -> Settings:
+    """`settings` with ``shard`` if accelerate was launched with FSDP, which is done here and not by accelerate."""
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    chosen = settings.model_copy(update={"shard": True}) if launched else settings
+    if chosen.shard:
+        for name, value in (("theseus", True), ("mixed_precision", "fp16")):
+            if getattr(chosen, name) == value:
+                what = f"setting '{name}' is {value!r}: not with FSDP"
+                raise ConvrewriteError(what, fix="change it, or launch one whole model in each process")
+    return chosen
 
 
 def _own_copy(model: nn.Module | str | Path) -> nn.Module:
@@ -282,6 +295,7 @@ def _accelerator(settings: Settings) -> Any:
         AcceleratorState._reset_state()  # an earlier run in this process had another precision
     # Parameters outside the current phase's loss take no part in a step.
     several = DistributedDataParallelKwargs(find_unused_parameters=True)
+    fsdp = os.environ.pop("ACCELERATE_USE_FSDP", None)
     try:
         accelerator = Accelerator(
             cpu=settings.device == "cpu", mixed_precision=settings.mixed_precision, kwargs_handlers=[several]
@@ -289,10 +303,13 @@ def _accelerator(settings: Settings) -> Any:
     except (ValueError, RuntimeError) as error:
         line = str(error).strip().splitlines()[0]
         raise ConvrewriteError(f"accelerate cannot start: {line}", fix="see --mixed-precision and --device") from None
+    finally:
+        if fsdp is not None:
+            os.environ["ACCELERATE_USE_FSDP"] = fsdp
     kinds = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
     if accelerator.distributed_type not in kinds:
         name = accelerator.distributed_type.value
-        raise ConvrewriteError(f"accelerate was launched with {name}", fix="launch one process for each GPU (DDP)")
+        raise ConvrewriteError(f"accelerate was launched with {name}", fix="launch it with DDP or FSDP")
     return accelerator
 
 

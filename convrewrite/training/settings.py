@@ -50,6 +50,9 @@ class Settings(BaseModel):
     mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="Of the forward pass.")
     channels_last: bool = Field(default=False, description="Memory format.")
     compile: bool = Field(default=False, description="Through torch.compile.")
+    shard: bool = Field(
+        default=False, description="Spread parameters, gradients and optimizer state over the processes (FSDP)."
+    )
     deterministic: bool = Field(default=False, description="Only deterministic kernels (GPU; the CPU's are).")
     device: Literal["auto", "cpu"] = Field("auto", description="auto: the accelerator, if there is one.")
     workers: int | None = Field(None, ge=0, description="Processes that read images; by the machine if left out.")

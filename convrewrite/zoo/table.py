@@ -59,8 +59,8 @@ def _times(seconds: Sequence[Mapping[str, float]]) -> list[str]:
     every = [row["capture"] + row["plans"] for row in seconds if {"capture", "plans"} <= set(row)]
     parts = []
     if one:
-        under = sum(value < 1 for value in one)
-        parts.append(f"{median(one):.2f} s to capture and plan one rule file (under a second for {under} of {len(one)})")
+        quick = f"under a second for {sum(value < 1 for value in one)} of {len(one)}"
+        parts.append(f"{median(one):.2f} s to capture and plan one rule file ({quick})")
     if every:
         parts.append(f"{median(every):.2f} s to capture and plan all of them in a new process")
     return ["", f"Median time beyond building, on one thread: {'; '.join(parts)}."] if parts else []
