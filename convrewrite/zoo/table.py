@@ -63,7 +63,7 @@ def _times(seconds: Sequence[Mapping[str, float]]) -> list[str]:
         parts.append(f"{median(one):.2f} s to capture and plan one rule file ({quick})")
     if every:
         parts.append(f"{median(every):.2f} s to capture and plan all of them in a new process")
-    return ["", f"Median time beyond building, on one thread: {'; '.join(parts)}."] if parts else []
+    return ["", f"Median time beyond building, on one thread of a shared machine: {'; '.join(parts)}."] if parts else []
 
 
 def _section(group: str, rows: Sequence[Row]) -> str:
