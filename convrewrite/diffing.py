@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from convrewrite.sites import Shape, Site
@@ -29,6 +29,8 @@ class ModelView:
         tensors: (shape, dtype) of every entry of the state dict ("torch.float32").
         modules: class name of every module by dotted path, the root under "".
         params: parameter elements, a shared one counted once; None if not known.
+        measured: what its training measured last on held-out images: "val_loss", "val_accuracy", "agreement"; {} if it
+            was not trained here.
     """
 
     name: str
@@ -36,6 +38,7 @@ class ModelView:
     tensors: Mapping[str, tuple[Shape, str]]
     modules: Mapping[str, str]
     params: int | None = None
+    measured: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ class Diff:
             "before": self.before.name,
             "after": self.after.name,
             "totals": self.totals(),
+            "measured": {"before": dict(self.before.measured), "after": dict(self.after.measured)},
             "modules": [asdict(m) for m in self.modules],
             "sites": [_site_dict(s) for s in self.sites],
             "tensors": [
@@ -115,11 +119,14 @@ class Diff:
         }
 
 
-def view_of(model: nn.Module, sites: Sequence[Site], name: str) -> ModelView:
+def view_of(
+    model: nn.Module, sites: Sequence[Site], name: str, measured: Mapping[str, float] | None = None
+) -> ModelView:
     """The view of `model`, whose convolutions are `sites`. Reads shapes only; works on the meta device.
 
     Args:
         name: how the reader knows the model.
+        measured: what its training measured last.
     """
     return ModelView(
         name=name,
@@ -131,6 +138,7 @@ def view_of(model: nn.Module, sites: Sequence[Site], name: str) -> ModelView:
         },
         modules={path: type(module).__name__ for path, module in model.named_modules()},
         params=sum(p.numel() for p in model.parameters()),
+        measured=measured or {},
     )
 
 

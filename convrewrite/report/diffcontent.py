@@ -25,10 +25,11 @@ def diff_document(diff: Diff, *, verbose: bool) -> Document:
     title = f"{before} compared with {after}"
     if diff.same:
         line = "Same: no module, convolution or tensor differs (values are not compared)."
-        return Document(title, (), (Section("Totals", table=_diff_totals(diff)),), line)
+        return Document(title, (), (Section("Totals", table=_diff_totals(diff)), *_measured(diff)), line)
     modules = list(diff.modules if verbose else diff.outermost)
     sections = [
         Section("Totals", table=_diff_totals(diff)),
+        *_measured(diff),
         *_section(
             "Modules", [_module_row(diff, m, verbose=verbose) for m in modules], _MODULES, modules, verbose=verbose
         ),
@@ -77,6 +78,25 @@ def _diff_totals(diff: Diff) -> Table:
         if old is not None and new is not None:
             rows.append((label, figures.total(old), figures.total(new), figures.percent(old, new)))
     return table(("what", "before", "after", "change"), rows, "lrrr")
+
+
+def _measured(diff: Diff) -> list[Section]:
+    """What training measured last, where either model was trained."""
+    before, after = diff.before.measured, diff.after.measured
+    rows = []
+    for key, label in (("val_accuracy", "accuracy"), ("agreement", "agreement with the original")):
+        if key in before or key in after:
+            old, new = before.get(key), after.get(key)
+            change = "-" if old is None or new is None else f"{100 * (new - old):+.2f} points"
+            rows.append((label, *("-" if v is None else f"{100 * v:.2f} %" for v in (old, new)), change))
+    if "val_loss" in before or "val_loss" in after:
+        shown = ("-" if v is None else f"{v:.4g}" for v in (before.get("val_loss"), after.get("val_loss")))
+        rows.append(("loss", *shown, "-"))
+    return (
+        [Section("Measured on held-out images", table=table(("what", "before", "after", "change"), rows, "lrrr"))]
+        if rows
+        else []
+    )
 
 
 def _module_row(diff: Diff, change: ModuleChange, *, verbose: bool) -> tuple[str, ...]:

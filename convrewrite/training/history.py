@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ COLUMNS = (
     *("step", "epoch", "phase", "loss", "lr", "anneal", "gate"),
     *("val_loss", "val_accuracy", "agreement"),
 )
+MEASURED = ("val_loss", "val_accuracy", "agreement")
+SUMMARY = "training.json"
 Row = dict[str, Any]
 
 
@@ -25,6 +28,15 @@ def csv_text(history: Sequence[Row]) -> str:
     writer.writeheader()
     writer.writerows(history)
     return out.getvalue()
+
+
+def measured_in(folder: str) -> dict[str, float]:
+    """What was measured of the weights in a folder that training wrote; {} of any other model."""
+    try:
+        kept = json.loads((Path(folder) / SUMMARY).read_text(encoding="utf-8"))["kept"]
+        return {name: float(value) for name, value in kept.items() if name in MEASURED}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def write_csv(history: Sequence[Row], path: Path) -> None:

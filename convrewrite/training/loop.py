@@ -304,9 +304,7 @@ class Loop:
         An epoch in which the convolutions take less part is always better: it is nearer to what is wanted.
         """
         at, settings, table = self.at, self.settings, self.task.table
-        annealed = row.get("anneal", 1.0)
-        name = "agreement" if self.task.purpose == "distill" or "val_accuracy" not in row else "val_accuracy"
-        score = (annealed, row.get(name, 0.0), -row["val_loss"])
+        annealed, score = row.get("anneal", 1.0), score_of(row, self.task.purpose)
         if not at.best or score > tuple(at.best):
             at.best, at.waited = score, 0
             if settings.keep == "best":
@@ -359,6 +357,12 @@ class Loop:
 
         hidden = None if self.task.bar and self.first else True  # None: shown on a terminal
         return tqdm(total=self.task.table.total, initial=self.at.step, disable=hidden, unit="step", leave=False)
+
+
+def score_of(row: Row, purpose: Purpose) -> tuple[float, float, float]:
+    """What makes the weights of one measurement better than those of another: a larger tuple; of equals the first."""
+    name = "agreement" if purpose == "distill" or "val_accuracy" not in row else "val_accuracy"
+    return row.get("anneal", 1.0), row.get(name, 0.0), -row["val_loss"]
 
 
 def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:

@@ -22,11 +22,13 @@ from convrewrite.data.transforms import Form, augmentations, form_of, transform_
 from convrewrite.errors import ConvrewriteError, StoreError
 from convrewrite.finalizing import blends_of, drop_convolutions, put_head
 from convrewrite.identity import identity
+from convrewrite.migrating import revert
 from convrewrite.store import check_target, load, save
 from convrewrite.training import checkpoints
+from convrewrite.training.groups import kinds_of
 from convrewrite.training.heads import outputs_of
-from convrewrite.training.history import Row, csv_text, write_csv, write_curves
-from convrewrite.training.loop import Loop, Task
+from convrewrite.training.history import SUMMARY, Row, csv_text, write_csv, write_curves
+from convrewrite.training.loop import Loop, Task, score_of
 from convrewrite.training.settings import Purpose, Settings, settings_from
 from convrewrite.training.solving import LEAST, is_solved, mark_solved, solve_blends, untouched
 from convrewrite.training.student import apart_of, pairs_of, teacher_of
@@ -65,6 +67,7 @@ class _Request:
     download: bool
     watch: Callable[[Row], None] | None
     bar: bool
+    original: bool = False
 
     @property
     def folder(self) -> Path | None:
@@ -85,6 +88,7 @@ def finetune(
     download: bool = False,
     watch: Callable[[Row], None] | None = None,
     bar: bool = False,
+    original: bool = False,
     **settings: Any,
 ) -> Trained:
     """Train a rewritten model on labelled images; the model given is left as it is.
@@ -99,6 +103,8 @@ def finetune(
         resume: go on with the run whose checkpoint lies there.
         overwrite: replace a result and a run that lie there. download: let torchvision download data.
         watch: called with every row of the log. bar: progress on standard error.
+        original: train what the model was rewritten from instead, from the same weights and with the same settings: the
+            control to compare with. It is `teacher` if given, else taken out of the model, which must still hold it.
         settings: fields of `convrewrite.training.settings.Settings`.
 
     Raises:
@@ -106,9 +112,10 @@ def finetune(
     """
     chosen, place = _as_launched(settings_from(settings)), None if out is None else Path(out)
     flags = {"resume": resume, "overwrite": overwrite, "download": download}
-    return _run(
-        _Request("finetune", model, data, val, teacher, teacher_weights, place, chosen, **flags, watch=watch, bar=bar)
+    asked = _Request(
+        "finetune", model, data, val, teacher, teacher_weights, place, chosen, **flags, watch=watch, bar=bar
     )
+    return _run(replace(asked, original=original))
 
 
 def distill(
@@ -141,10 +148,10 @@ def distill(
 def _run(request: _Request) -> Trained:
     _check_installed()
     settings, folder = request.settings, request.folder
-    model = _own_copy(request.model)
+    model = _original(request) if request.original else _own_copy(request.model)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if request.out is not None and folder is not None:
-        finished = (request.out / "training.json").is_file()
+        finished = (request.out / SUMMARY).is_file()
         check_target(request.out, overwrite=request.overwrite or (request.resume and finished))
         if not request.resume and not request.overwrite:
             checkpoints.refuse_begun(folder / "last")
@@ -161,6 +168,8 @@ def _run(request: _Request) -> Trained:
     run = _identity_of_run(request, model, teacher, images, accelerator.num_processes)
     _solve(request, model, images, form)
     apart = apart_of(model, pairs)
+    if all(kind == "carried" for kind in kinds_of(model).values()):
+        settings = settings.model_copy(update={"new_first": 0.0})  # nothing is new
     table = timetable(settings, request.purpose, per_epoch, blockwise=bool(apart))
     if accelerator.is_main_process and folder is not None:
         _make(folder, begin=not request.resume)
@@ -228,6 +237,38 @@ def _prepared(images: Images, form: Form, settings: Settings) -> tuple[Prepared,
     return train, val
 
 
+def _original(request: _Request) -> nn.Module:
+    """What the model was rewritten from, as a model whose plan has no edits."""
+    model = _own_copy(request.model)
+    note = provenance.of(model)
+    assert note is not None
+    if request.teacher is not None:
+        plain = _given_teacher(request.teacher, request.teacher_weights)
+    else:
+        try:
+            plain = revert(model).model
+        except ConvrewriteError as error:
+            fix = "name the original with --teacher MODEL and --teacher-weights FILE"
+            raise ConvrewriteError(
+                f"the original is not in this model: {error.what}", where=error.where, fix=fix
+            ) from None
+    totals = replace(
+        note.plan.totals, params_after=note.plan.totals.params_before, flops_after=note.plan.totals.flops_before
+    )
+    nothing = replace(note.plan, rules=(), edits=(), refused=(), funnels=(), notes=(), totals=totals)
+    since = provenance.Since(head=note.since.head if request.teacher is None else None)
+    provenance.attach(plain, plan=nothing, identity=note.identity, source=note.source, since=since)
+    return plain
+
+
+def _given_teacher(teacher: nn.Module | str, weights: str | None) -> nn.Module:
+    if isinstance(teacher, nn.Module):
+        return copy.deepcopy(teacher)
+    from convrewrite.sources import resolve
+
+    return resolve(teacher, weights=weights).model
+
+
 def _solve(request: _Request, model: nn.Module, images: Images, form: Form) -> None:
     """Solve the blocks beside their convolutions, unless they were trained or solved before, or images are few."""
     settings, note = request.settings, provenance.of(model)
@@ -273,14 +314,9 @@ def _teacher(request: _Request, model: nn.Module) -> nn.Module | None:
     settings = request.settings
     if request.purpose == "finetune" and not settings.imitate and not settings.features:
         return None
-    if isinstance(request.teacher, nn.Module):
-        given = copy.deepcopy(request.teacher)
-    elif request.teacher is not None:
-        from convrewrite.sources import resolve
-
-        given = resolve(request.teacher, weights=request.teacher_weights).model
-    else:
+    if request.teacher is None or request.original:
         return teacher_of(model)
+    given = _given_teacher(request.teacher, request.teacher_weights)
     return given.eval().requires_grad_(requires_grad=False)
 
 
@@ -371,12 +407,15 @@ def _write(request: _Request, model: nn.Module, history: tuple[Row, ...], folder
     assert request.out is not None
     write_csv(history, folder / "history.csv")
     write_curves(history, folder / "curves.png")
-    summary = json.dumps({"run": run, "steps": history[-1]["step"], "measured": _measured(history)}, indent=1)
+    measured = _measured(history)
+    best = max(measured, key=lambda row: score_of(row, request.purpose))
+    kept = best if request.settings.keep == "best" else measured[-1]
+    summary = json.dumps({"run": run, "steps": history[-1]["step"], "measured": measured, "kept": kept}, indent=1)
     curves = (folder / "curves.png").read_bytes()
     extras: dict[str, Callable[[Path], object]] = {
         "history.csv": lambda path: path.write_text(csv_text(history), encoding="utf-8"),
         "curves.png": lambda path: path.write_bytes(curves),
-        "training.json": lambda path: path.write_text(summary + "\n", encoding="utf-8"),
+        SUMMARY: lambda path: path.write_text(summary + "\n", encoding="utf-8"),
     }
     save(model, request.out, overwrite=True, extras=extras)
 

@@ -9,17 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
+from convrewrite.cli.main import main
 from torch import nn
 
 import convrewrite as cr
 from convrewrite import provenance
 from convrewrite.errors import ConvrewriteError
 from convrewrite.finalizing import blends_of
+from convrewrite.stands import stand_of
 from convrewrite.training.losses import divergence, relative_error
 from convrewrite.training.student import pairs_of, teacher_of
 
 from ..nets import Residual
-from .tiny import QUICK, RULES, SHAPE, Unreadable, equal_states, images, picture, rewritten, without_norms
+from .tiny import CLASSES, QUICK, RULES, SHAPE, Unreadable, equal_states, images, picture, rewritten, without_norms
 
 
 @pytest.fixture(scope="module")
@@ -231,3 +234,48 @@ def test_the_relative_error_is_zero_for_equals_and_one_for_the_channels_means() 
     assert float(relative_error(target, target)) == 0.0
     means = target.mean((0, 2, 3), keepdim=True).expand_as(target)
     assert float(relative_error(means, target)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("start", ["exact", "fresh"])
+def test_the_control_is_the_original_trained_in_the_same_way(tmp_path: Path, start: str) -> None:
+    original = Residual(CLASSES)
+    source = {"kind": "factory", "name": "tests.nets:Residual", "options": {"classes": CLASSES}}
+    model = cr.rewrite(original, RULES, example=SHAPE, start=start, source=source).model
+    settings = {**QUICK, "steps": 8, "seed": 3, "keep": "last"}
+    beside = {} if start == "exact" else {"teacher": original}
+    control = cr.finetune(model, images(), original=True, out=tmp_path / "control", **beside, **settings)
+    assert not [m for m in control.model.modules() if stand_of(m) is not None]
+    assert list(control.model.state_dict()) == list(original.state_dict())
+    first, rows = control.history[0], [row for row in control.history if row["step"]]
+    assert {row["phase"] for row in rows} == {"all"} and "anneal" not in first  # there is nothing new to train first
+    with torch.no_grad():
+        old, trained = original.state_dict(), control.model.state_dict()
+    assert not torch.equal(old["stem.weight"], trained["stem.weight"])
+    blocks = cr.finetune(model, images(), out=tmp_path / "blocks", **settings)
+    if start == "exact":  # the same images, measured before the first step
+        assert first["val_loss"] == pytest.approx(blocks.history[0]["val_loss"], rel=1e-5)
+    x = torch.randn(2, *SHAPE[1:])
+    assert torch.equal(cr.load(tmp_path / "control")(x), control.model(x))
+
+
+def test_a_model_that_lost_its_original_says_so_when_asked_for_the_control() -> None:
+    with pytest.raises(
+        ConvrewriteError, match=r"the original is not in this model: .*; name the original with --teacher"
+    ):
+        cr.finetune(rewritten("fresh"), images(), original=True, steps=1, **QUICK)
+
+
+def test_diff_shows_what_two_trainings_measured(tmp_path: Path) -> None:
+    for name, original in (("control", True), ("blocks", False)):
+        source = {"kind": "factory", "name": "tests.nets:Residual", "options": {"classes": CLASSES}}
+        model = cr.rewrite(Residual(CLASSES), RULES, example=SHAPE, source=source).model
+        trained = cr.finetune(model, images(), original=original, out=tmp_path / name, steps=4, **QUICK)
+    kept = max(
+        (r for r in trained.history if "val_loss" in r), key=lambda r: (r["anneal"], r["val_accuracy"], -r["val_loss"])
+    )
+    done = CliRunner().invoke(main, ["diff", str(tmp_path / "control"), str(tmp_path / "blocks")])
+    assert done.exit_code == 0, done.output
+    line = next(line for line in done.output.splitlines() if line.strip().startswith("accuracy"))
+    assert f"{100 * kept['val_accuracy']:.2f} %" in line and "points" in line
+    done = CliRunner().invoke(main, ["diff", str(tmp_path / "control"), str(tmp_path / "blocks"), "--format", "json"])
+    assert json.loads(done.output)["measured"]["after"]["val_accuracy"] == kept["val_accuracy"]
