@@ -58,6 +58,7 @@ def _option(name: str, field: Any) -> Callable[[Command], Command]:
 def train(purpose: str, folder: str, options: dict[str, Any]) -> None:
     """Run `finetune` or `distill`, with a line for every measurement."""
     from convrewrite.training import run
+    from convrewrite.training.history import measured_in
 
     function = run.finetune if purpose == "finetune" else run.distill
     trained = function(folder, watch=_Lines(), bar=True, **options)
@@ -67,6 +68,10 @@ def train(purpose: str, folder: str, options: dict[str, Any]) -> None:
     if PartialState().is_main_process:
         if last.get("anneal", 1.0) < 1.0:
             click.echo("the convolutions still take part: the blends were kept", err=True)
+        if (step := measured_in(options["out"]).get("step")) is not None and step < last["step"]:
+            click.echo(
+                f"kept the weights of step {step:.0f}, which measured best; --keep last takes the last", err=True
+            )
         click.echo(f"wrote {options['out']}", err=True)
 
 

@@ -29,8 +29,8 @@ class ModelView:
         tensors: (shape, dtype) of every entry of the state dict ("torch.float32").
         modules: class name of every module by dotted path, the root under "".
         params: parameter elements, a shared one counted once; None if not known.
-        measured: what its training measured last on held-out images: "val_loss", "val_accuracy", "agreement"; {} if it
-            was not trained here.
+        measured: of its training here, on held-out images and of the weights that were kept: "step", "val_loss",
+            "val_accuracy", "agreement"; {} if there was none.
     """
 
     name: str

@@ -24,7 +24,7 @@ from convrewrite.diffing import Diff, ModelView, view_of
 from convrewrite.diffing import diff as compare
 from convrewrite.editing import Edited, edit_model, settled_options
 from convrewrite.errors import ConvrewriteError, LawError, RuleError
-from convrewrite.identity import identity
+from convrewrite.identity import check_module, identity
 from convrewrite.laws import check
 from convrewrite.laws.case import Case
 from convrewrite.planning import check_fits, make_plan, settle
@@ -216,6 +216,7 @@ def inspect(model: nn.Module, *, example: Example = None) -> tuple[Site, ...]:
     Args:
         example: input shape such as (1, 3, 224, 224), a tensor, or a tuple of inputs.
     """
+    check_module(model)
     return annotate(capture(model, example_of(model, example))).sites
 
 
@@ -349,8 +350,15 @@ def example_of(model: nn.Module, example: Example) -> tuple[Any, ...]:
     )
 
 
+PROBED = 8192
+"""Pixels of all images that the laws look at, at least: two of 64 x 64, eight of 32 x 32; never more than 16 images."""
+
+
 def real_example(model: nn.Module, example: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The example with values: meta tensors become noise on the model's device, a batch of one becomes two."""
+    """The example with values: meta tensors become noise on the model's device, a batch of one two images or more.
+
+    Of small images more: batch norms that see a few values, as on the last maps, make any rounding large.
+    """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     one = 0 if getattr(model, "fixed_batch", False) else 1  # an exported program may run on one size of batch only
@@ -359,7 +367,8 @@ def real_example(model: nn.Module, example: tuple[Any, ...]) -> tuple[Any, ...]:
         if not isinstance(value, Tensor):
             return mapped(value, noise)
         if value.is_meta and value.dim() and value.shape[0] == one:
-            value = value.expand(2, *value.shape[1:])  # batch statistics of a single 1x1 map are undefined
+            pixels = value.shape[2] * value.shape[3] if value.dim() == 4 else PROBED
+            value = value.expand(min(max(2, -(-PROBED // max(pixels, 1))), 16), *value.shape[1:])
         return noise(value)
 
     def noise(value: Tensor) -> Tensor:
@@ -390,10 +399,7 @@ def _work(
     name: str | None,
     source: Mapping[str, Any] | None,
 ) -> Work:
-    if not isinstance(model, nn.Module):
-        exported = isinstance(model, torch.export.ExportedProgram)
-        fix = "give convrewrite.sources.exported.from_program(program)" if exported else "build it first"
-        raise ConvrewriteError(f"model is {type(model).__name__}, not an nn.Module", fix=fix)
+    check_module(model)
     if start not in (None, "exact", "fitted", "fresh"):
         raise ConvrewriteError(f"unknown start '{start}'", fix="exact, fitted or fresh")
     given = rules if isinstance(rules, Plan) else None

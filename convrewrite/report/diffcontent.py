@@ -92,11 +92,12 @@ def _measured(diff: Diff) -> list[Section]:
     if "val_loss" in before or "val_loss" in after:
         shown = ("-" if v is None else f"{v:.4g}" for v in (before.get("val_loss"), after.get("val_loss")))
         rows.append(("loss", *shown, "-"))
-    return (
-        [Section("Measured on held-out images", table=table(("what", "before", "after", "change"), rows, "lrrr"))]
-        if rows
-        else []
-    )
+    if "step" in before or "step" in after:
+        shown = ("-" if v is None else f"{v:.0f}" for v in (before.get("step"), after.get("step")))
+        rows.append(("at step", *shown, "-"))
+    if not rows:
+        return []
+    return [Section("Measured on held-out images", table=table(("what", "before", "after", "change"), rows, "lrrr"))]
 
 
 def _module_row(diff: Diff, change: ModuleChange, *, verbose: bool) -> tuple[str, ...]:

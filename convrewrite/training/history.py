@@ -16,7 +16,7 @@ COLUMNS = (
     *("step", "epoch", "phase", "loss", "lr", "anneal", "gate"),
     *("val_loss", "val_accuracy", "agreement"),
 )
-MEASURED = ("val_loss", "val_accuracy", "agreement")
+MEASURED = ("step", "val_loss", "val_accuracy", "agreement")
 SUMMARY = "training.json"
 Row = dict[str, Any]
 
