@@ -145,7 +145,7 @@ def _verify(work: Work) -> None:
         rewritten=work.edited.model,
         plan=work.plan,
         sites=work.graph.sites,
-        example=real_example(work.model, work.example),
+        example=real_example(work.model, work.example, pixels=PROBED),
         tensors=work.tensors,
         moved=work.edited.moved,
         replan=lambda model: _replan(work, model),
@@ -351,13 +351,15 @@ def example_of(model: nn.Module, example: Example) -> tuple[Any, ...]:
 
 
 PROBED = 8192
-"""Pixels of all images that the laws look at, at least: two of 64 x 64, eight of 32 x 32; never more than 16 images."""
+"""The laws look at so many pixels, as two images of 64 x 64 or eight of 32 x 32: batch norms that see a few values, as
+on the last maps of small images, make any rounding large."""
 
 
-def real_example(model: nn.Module, example: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The example with values: meta tensors become noise on the model's device, a batch of one two images or more.
+def real_example(model: nn.Module, example: tuple[Any, ...], *, pixels: int = 0) -> tuple[Any, ...]:
+    """The example with values: meta tensors become noise on the model's device, a batch of one becomes two.
 
-    Of small images more: batch norms that see a few values, as on the last maps, make any rounding large.
+    Args:
+        pixels: make it more than two where that is needed to have so many of them, but no more than 16.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
@@ -367,8 +369,10 @@ def real_example(model: nn.Module, example: tuple[Any, ...]) -> tuple[Any, ...]:
         if not isinstance(value, Tensor):
             return mapped(value, noise)
         if value.is_meta and value.dim() and value.shape[0] == one:
-            pixels = value.shape[2] * value.shape[3] if value.dim() == 4 else PROBED
-            value = value.expand(min(max(2, -(-PROBED // max(pixels, 1))), 16), *value.shape[1:])
+            count = -(-pixels // max(value.shape[2:].numel(), 1)) if value.dim() == 4 else 0
+            value = value.expand(
+                min(max(2, count), 16), *value.shape[1:]
+            )  # statistics of a single 1x1 map are undefined
         return noise(value)
 
     def noise(value: Tensor) -> Tensor:

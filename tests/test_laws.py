@@ -15,9 +15,9 @@ import convrewrite as cr
 from convrewrite.editing import edit_model
 from convrewrite.errors import LawError
 from convrewrite.laws import ORDER, check
-from convrewrite.laws.case import Case
+from convrewrite.laws.case import Case, _drift
 from convrewrite.laws.start import start
-from convrewrite.pipeline import _replan, _work, real_example
+from convrewrite.pipeline import PROBED, _replan, _work, example_of, real_example
 from convrewrite.plans import Plan
 from convrewrite.transfer import fates
 
@@ -49,7 +49,7 @@ def make_case(start: str = "exact") -> Case:
         rewritten=edited.model,
         plan=plan,
         sites=cr.inspect(model, example=SHAPE),
-        example=real_example(model, work.example),
+        example=real_example(model, work.example, pixels=PROBED),
         tensors=fates(model, edited),
         moved=edited.moved,
         replan=lambda m: _replan(work, m),
@@ -234,6 +234,13 @@ def test_a_broken_law_is_an_error_unless_forced_and_then_reported_loudly() -> No
     assert "BROKEN" in render(report, "text")
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e-9, 1.0, 1e30])
+def test_the_cosine_of_the_outputs_does_not_depend_on_their_size(scale: float) -> None:
+    old, new = torch.tensor([[3.0, 4.0]]) * scale, torch.tensor([[4.0, 3.0]]) * scale
+    assert _drift("eval", old, new).cosine == pytest.approx(24 / 25, rel=1e-6)
+    assert _drift("eval", old, torch.zeros(1, 2)).cosine == 0
+
+
 def test_verifying_changes_neither_model() -> None:
     case = make_case()
     before = [copy.deepcopy(m.state_dict()) for m in (case.original, case.rewritten)]
@@ -335,3 +342,13 @@ def _without_gradient(module: nn.Module) -> None:
     module.register_forward_pre_hook(lambda module, args: tuple(a.detach() for a in args))
     inner = getattr(module, "block", module)
     inner.forward = torch.no_grad()(inner.forward)
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"), [((1, 3, 64, 64), 2), ((1, 3, 32, 32), 8), ((1, 3, 8, 8), 16), ((3, 3, 8, 8), 3)]
+)
+def test_small_images_are_looked_at_in_larger_batches(shape: tuple[int, ...], count: int) -> None:
+    """ResNet-50 on images of 32 x 32 has last maps of one pixel: of two images batch norm makes signs."""
+    model = nn.Conv2d(3, 4, 3)
+    assert real_example(model, example_of(model, shape), pixels=PROBED)[0].shape == (count, *shape[1:])
+    assert real_example(model, example_of(model, shape))[0].shape[0] == max(2, shape[0])
