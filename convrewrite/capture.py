@@ -32,6 +32,7 @@ __all__ = ["CONVS", "FUNCTIONAL_CONVS", "METHODS", "Captured", "Region", "captur
 METHODS = ("meta", "zeros", "filled", "real")
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized", "torchao.nn")
 _FAKE_QUANTIZED = ("torch.ao.nn.qat", "torch.ao.nn.intrinsic.qat")
+_COMPILED = "OptimizedModule"  # what torch.compile wraps a module in
 _STILL_FLOAT = ("FloatFunctional", "FXFloatFunctional")  # what quantizable models write their sums with
 _RETRIES = 64
 
@@ -82,7 +83,7 @@ def _is_exported_conv(node: torch.fx.Node) -> bool:
 
 def _refuse_unsupported(model: nn.Module) -> None:
     kind = type(model)
-    if kind.__name__ == "OptimizedModule":
+    if kind.__name__ == _COMPILED:
         raise CaptureError("the model is compiled", where="model", fix="rewrite model._orig_mod, compile afterwards")
     if kind.__name__ in ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"):
         raise CaptureError(f"the model is wrapped by {kind.__name__}", where="model", fix="rewrite model.module")
@@ -95,6 +96,9 @@ def _refuse_unsupported(model: nn.Module) -> None:
         raise CaptureError("the model is itself a convolution", where="model", fix="wrap it: nn.Sequential(model)")
     for path, module in model.named_modules():
         home = type(module).__module__
+        if type(module).__name__ == _COMPILED:
+            fix = "put its _orig_mod there, compile afterwards"
+            raise CaptureError("this part of the model is compiled", where=path, fix=fix)
         if home.startswith(_QUANTIZED) and type(module).__name__ not in _STILL_FLOAT:
             what = "the model is quantized: its weights are integers, which no block can be trained from"
             raise CaptureError(what, where=path, fix="rewrite the float model first, quantize afterwards")

@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,8 +19,10 @@ import torch
 from torch import nn
 
 from convrewrite.capture import hollow_copy
+from convrewrite.inserting import NAMES
 from convrewrite.sites import Shape, Site
 from convrewrite.sources.examples import mapped
+from convrewrite.stands import stand_of
 
 _SHOWN = 5
 
@@ -30,9 +32,11 @@ class CrossCheck:
     """Both views of one model, in eval mode.
 
     Attributes:
-        ours: number of calls of convolutions that we found. theirs: that `torch.export` found; None if it refuses.
+        ours: number of calls of convolutions that we found, without those of rewritten sites. theirs: that
+            `torch.export` found outside the blocks that were put in; None if it refuses.
         missing: calls that only we see. extra: calls that only `torch.export` sees.
         shapes: sites whose output shape differs, with both.
+        rewritten: number of rewritten sites, which are not compared: what convolves there is a block's own affair.
         refusal: why `torch.export` cannot take the model, "" if it can.
     """
 
@@ -41,6 +45,7 @@ class CrossCheck:
     missing: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
     shapes: tuple[tuple[str, Shape, Shape], ...] = ()
+    rewritten: int = 0
     refusal: str = ""
 
     @property
@@ -52,9 +57,11 @@ class CrossCheck:
         """What to tell the user, a line each."""
         if self.theirs is None:
             return [f"cross-check: torch.export refuses the model: {self.refusal}"]
+        word = "site" if self.rewritten == 1 else "sites"
+        beside = f", beside {self.rewritten} rewritten {word}" if self.rewritten else ""
         if self.agrees:
-            return [f"cross-check: torch.export sees the same {self.ours} convolutions with the same shapes"]
-        found = [f"cross-check: torch.export sees {self.theirs} calls of convolutions, we see {self.ours}"]
+            return [f"cross-check: torch.export sees the same {self.ours} convolutions with the same shapes{beside}"]
+        found = [f"cross-check: torch.export sees {self.theirs} calls of convolutions, we see {self.ours}{beside}"]
         if self.missing:
             found.append(f"  only here (in train mode only, or after a branch on data): {_some(self.missing)}")
         if self.extra:
@@ -65,7 +72,8 @@ class CrossCheck:
 
 def cross_check(model: nn.Module, example: tuple[Any, ...], sites: Sequence[Site]) -> CrossCheck:
     """Export a copy of `model` without its weights, and compare its convolutions with `sites`."""
-    calls = [s for s in sites if s.calls]
+    calls = [s for s in sites if s.calls and not s.rewritten]
+    rewritten = len({s.path for s in sites if s.rewritten})
     try:
         with warnings.catch_warnings(), _quiet(), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -74,13 +82,31 @@ def cross_check(model: nn.Module, example: tuple[Any, ...], sites: Sequence[Site
     except Exception as error:
         return CrossCheck(len(calls), refusal=_cause(error))
     paths = {s.path.partition(":")[0] for s in calls}
+    names, blocks = _first_names(model), _blocks(model)
     theirs: dict[str, list[Shape]] = {}
     for path, shape in _convolutions(program.graph):
-        theirs.setdefault(_site_path(path, paths), []).append(shape)
+        path = names.get(path, path)
+        if not any(f"{path}.".startswith(f"{block}.") for block in blocks):
+            theirs.setdefault(_site_path(path, paths), []).append(shape)
     ours: dict[str, list[Shape]] = {}
     for site in calls:
         ours.setdefault(site.path.partition(":")[0], []).append(site.out_shape)
-    return _compared(ours, theirs)
+    return replace(_compared(ours, theirs), rewritten=rewritten)
+
+
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """path -> the first path of the same module; torch.export speaks of an alias by the name that was called."""
+    first: dict[nn.Module, str] = {}
+    return {path: first.setdefault(module, path) for path, module in model.named_modules(remove_duplicate=False)}
+
+
+def _blocks(model: nn.Module) -> list[str]:
+    """Paths of the modules that were put into the model, in place of others or beside them."""
+    return [
+        path
+        for path, module in model.named_modules()
+        if stand_of(module) is not None or path.rpartition(".")[2] in NAMES.values()
+    ]
 
 
 def _compared(ours: dict[str, list[Shape]], theirs: dict[str, list[Shape]]) -> CrossCheck:

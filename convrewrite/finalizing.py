@@ -13,12 +13,14 @@ from convrewrite import provenance
 from convrewrite.blocks.blend import Blend
 from convrewrite.editing import exchange, move_hooks
 from convrewrite.errors import ConvrewriteError, StoreError
+from convrewrite.identity import check_module
 from convrewrite.provenance import Since
 from convrewrite.stands import mark, stand_of
 
 
 def blends_of(model: nn.Module) -> dict[str, Blend]:
     """Every `Blend` of `model` by its module path."""
+    check_module(model)
     return {path: module for path, module in model.named_modules() if isinstance(module, Blend)}
 
 

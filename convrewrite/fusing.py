@@ -25,6 +25,7 @@ from convrewrite.blocks.blend import Blend
 from convrewrite.blocks.folding import Affine, Norm, fold, is_plain
 from convrewrite.editing import exchange, move_hooks
 from convrewrite.errors import EditError
+from convrewrite.identity import check_module
 from convrewrite.pipeline import Example, example_of, real_example
 from convrewrite.sources.examples import tensors_in
 from convrewrite.stands import mark, stand_of
@@ -81,6 +82,7 @@ def fuse(model: nn.Module, *, example: Example = None) -> nn.Module:
 
 def fuse_model(model: nn.Module, *, example: Example = None) -> Fused:
     """`fuse`, with an account of what was done."""
+    check_module(model)
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
     if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
         raise EditError("a model without weights cannot be fused", where=type(model).__name__, fix="load its weights")

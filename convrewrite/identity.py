@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from convrewrite.errors import ConvrewriteError
 from convrewrite.plans import digest
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
@@ -25,6 +27,22 @@ def identity(model: nn.Module) -> str:
         known = first.setdefault(id(module), path)
         modules.append([path, known] if known != path else [path, *_describe(module)])
     return digest({"modules": modules, "state": state_signature(model)})
+
+
+def check_module(model: Any) -> None:
+    """Refuse what is given in place of a module, such as all that `rewrite` returned.
+
+    Raises:
+        ConvrewriteError: `model` is no nn.Module.
+    """
+    if isinstance(model, nn.Module):
+        return
+    fix = "build it first"
+    if isinstance(model, torch.export.ExportedProgram):
+        fix = "give convrewrite.sources.exported.from_program(program)"
+    elif isinstance(getattr(model, "model", None), nn.Module):
+        fix = "give its .model"
+    raise ConvrewriteError(f"model is {type(model).__name__}, not an nn.Module", fix=fix)
 
 
 def state_signature(model: nn.Module) -> dict[str, list[Any]]:

@@ -20,7 +20,7 @@ from convrewrite import provenance
 from convrewrite.atomic import new_folder, sha256
 from convrewrite.errors import ConvrewriteError, StoreError
 from convrewrite.finalizing import redo
-from convrewrite.identity import identity
+from convrewrite.identity import check_module, identity
 from convrewrite.plans import Plan
 from convrewrite.provenance import Since, since_from
 from convrewrite.reports import Report
@@ -83,6 +83,7 @@ def save(
     Raises:
         StoreError: the model was not rewritten, the folder is in use, or a tensor cannot be written.
     """
+    check_module(model)
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
     note = provenance.of(model)
     if provenance.is_fused(model):

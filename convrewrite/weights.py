@@ -20,7 +20,8 @@ from convrewrite.exportedfile import SUFFIX, ExportedFile
 if TYPE_CHECKING:
     from convrewrite.sources import Source
 
-_SUFFIXES = (".pth", ".pt", ".safetensors", ".bin", ".ckpt", ".tar", ".th", SUFFIX)
+ONNX = ".onnx"
+_SUFFIXES = (".pth", ".pt", ".safetensors", ".bin", ".ckpt", ".tar", ".th", SUFFIX, ONNX)
 _INSIDE = ("state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema")
 _PREFIXES = ("module.", "_orig_mod.")
 _SHOWN = 3
@@ -38,6 +39,12 @@ def is_file(weights: str) -> bool:
     """True if `weights` is the path of a file rather than a name of weights in a zoo."""
     path = Path(weights)
     return path.suffix.lower() in _SUFFIXES or "/" in weights or os.sep in weights or path.is_file()
+
+
+def refuse_onnx(where: str) -> SourceError:
+    """Why a file of ONNX is neither a model nor weights."""
+    fix = "name the model that it was exported from"
+    return SourceError("ONNX files are not read: no converter knows what torch exports today", where=where, fix=fix)
 
 
 def load_weights(model: nn.Module, spec: str, source: Source) -> tuple[str, ...]:
@@ -98,6 +105,8 @@ def read_state(path: Path, notes: list[str] | None = None) -> dict[str, Tensor]:
     suffix = path.suffix.lower()
     if suffix == SUFFIX:
         return ExportedFile(path).state_dict()
+    if suffix == ONNX:
+        raise refuse_onnx(str(path))
     found = _unwrapped(_read_safetensors(path) if suffix == ".safetensors" else _read_torch(path), notes)
     if not isinstance(found, Mapping) or not found:
         kind = "an empty dictionary" if isinstance(found, Mapping) else f"a {type(found).__name__}"

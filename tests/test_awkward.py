@@ -17,7 +17,7 @@ from convrewrite.blocks.blend import Blend
 from convrewrite.capture import METHODS, capture
 from convrewrite.errors import CaptureError
 from convrewrite.laws.case import TOLERANCE
-from convrewrite.pipeline import example_of
+from convrewrite.pipeline import Rewritten, example_of
 
 from . import copyblock  # noqa: F401 - registers the blocks
 from .nets import SHAPE, Residual
@@ -245,6 +245,29 @@ def test_a_quantized_model_is_refused_with_the_reason() -> None:
         cr.inspect(model, example=SHAPE)
 
 
+TAKES_A_MODEL: dict[str, Callable[[Any], Any]] = {
+    "inspect": cr.inspect,
+    "plan": lambda model: cr.plan(model, "acmix"),
+    "rewrite": lambda model: cr.rewrite(model, "acmix"),
+    "diff": lambda model: cr.diff(model, Residual(), example=SHAPE),
+    "finalize": cr.finalize,
+    "fuse": cr.fuse,
+    "save": lambda model: cr.save(model, "nowhere"),
+    "param_groups": cr.param_groups,
+    "trainable_summary": cr.trainable_summary,
+    "Annealer": lambda model: cr.Annealer(model, steps=1),
+}
+
+
+@pytest.mark.parametrize("function", TAKES_A_MODEL)
+def test_what_is_no_module_is_refused_in_one_line(function: str) -> None:
+    with pytest.raises(cr.ConvrewriteError, match=r"^model is str, not an nn\.Module; build it first$"):
+        TAKES_A_MODEL[function]("resnet50")
+    both = Rewritten(Residual(), None)  # type: ignore[arg-type]
+    with pytest.raises(cr.ConvrewriteError, match=r"^model is Rewritten, not an nn\.Module; give its \.model$"):
+        TAKES_A_MODEL[function](both)
+
+
 def test_a_quantizable_model_is_float_and_rewritten() -> None:
     class Quantizable(Residual):
         def __init__(self) -> None:
@@ -286,6 +309,11 @@ def test_reparameterised_branches_are_sites_and_rewritten(name: str) -> None:
     timm = pytest.importorskip("timm")
     model = timm.create_model(name, num_classes=4)
     convs = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)]
-    sites = cr.inspect(model, example=(1, 3, 32, 32))
+    sites = cr.inspect(model, example=(1, 3, 64, 64))
     assert sorted(s.path for s in sites) == sorted(convs)
     assert all(s.calls == 1 and s.role != "other" for s in sites)
+    spatial = [s.path for s in sites if s.kernel == (3, 3) and s.stage == 2]
+    assert len(spatial) > 1
+    new, report = cr.rewrite(model, rules({"kernel": 3, "stage": 2}, {"block": "sasa_wide"}), example=(1, 3, 64, 64))
+    assert report.ok and [e.path for e in report.plan.edits] == spatial
+    assert {type(new.get_submodule(path)).__name__ for path in spatial} == {"SASAWide"}

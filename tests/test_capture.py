@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,6 +114,7 @@ def test_an_input_that_does_not_fit_is_one_clear_line() -> None:
     ("make", "message"),
     [
         (lambda: torch.compile(Residual()), "_orig_mod"),
+        (lambda: nn.Sequential(torch.compile(Residual())), "^0: this part of the model is compiled; put its _orig_mod"),
         (lambda: nn.DataParallel(Residual()), "model.module"),
         (lambda: nn.Sequential(nn.LazyConv2d(4, 3)), "run one forward"),
         (lambda: torch.jit.trace(nn.Conv2d(3, 4, 3), torch.randn(1, 3, 8, 8)), "TorchScript"),
@@ -122,6 +124,18 @@ def test_an_input_that_does_not_fit_is_one_clear_line() -> None:
 def test_wrapped_models_are_refused_with_advice(make: object, message: str) -> None:
     with pytest.raises(ConvrewriteError, match=message):
         cr.inspect(make(), example=SHAPE)  # type: ignore[operator]
+
+
+def test_a_model_for_several_processes_is_refused_with_advice(tmp_path: Path) -> None:
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(Residual())
+        with pytest.raises(CaptureError, match=r"wrapped by DistributedDataParallel; rewrite model\.module"):
+            cr.inspect(wrapped, example=SHAPE)
+        assert len(cr.inspect(wrapped.module, example=SHAPE)) == 14
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_a_model_on_the_meta_device_can_be_inspected() -> None:

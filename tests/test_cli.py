@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from convrewrite.cli.main import COMMANDS, main
 
 import convrewrite as cr
+from convrewrite.blocks.base import BLOCKS
 
 NETS = Path(__file__).parent / "nets.py"
 NET = f"{NETS}:Residual"
@@ -254,11 +255,24 @@ def test_the_schema_is_one_that_rule_files_can_be_checked_with() -> None:
             found = found[key]
 
 
-def test_blocks_lists_them_and_shows_options_of_one() -> None:
-    assert "acmix" in done("blocks").stdout
+def test_blocks_lists_them_with_costs_and_options() -> None:
+    text = done("blocks").stdout
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line[:1].isalpha()}
+    # From the formulas of papers and authors' code, 256 channels: 3 * 257 * 256 + 3 * 64 + 3 * 4 * 9 + 256 * 81 + 2,
+    # 3 * 256^2 + 7 * 32, 2 * 257 * 32 + 257 * 256 + 1; of the stem 6 * 3 * 64 + 12 * 16 + 2 * 64.
+    params = {"acmix": "218K", "sasa": "197K", "position_attention": "82.2K", "sasa_stem": "1.47K"}
+    assert {name: rows[name][2] for name in params} == params
+    assert rows["sasa"][4:6] == ["heads", "window"]
+    ours = {name for name, cls in BLOCKS.items() if cls.__module__.startswith("convrewrite.blocks.")}
+    assert ours <= {*rows}
+    assert not [name for name in ours if "-" in rows[name][2:4]]
+
+
+def test_blocks_shows_formula_options_defaults_and_limits_of_one() -> None:
     text = done("blocks", "acmix").stdout
-    assert "window" in text
-    assert "heads" in text
+    assert "att_i  = sum_o softmax_o(" in text
+    options = [line.split()[:5] for line in text.partition("Options:")[2].splitlines()]
+    assert ["heads", "int", "4", ">=", "1"] in options and ["window", "int", "7", ">=", "1"] in options
 
 
 # --- what goes wrong is one line

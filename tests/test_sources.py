@@ -97,6 +97,8 @@ def test_a_name_leads_to_the_zoo_that_has_it(spec: str, name: str, class_name: s
         ("quantized_resnet50", "unknown model"),
         ("my_nets.py", "write 'my_nets.py:function'"),
         ("resnet50.pth", "a file of weights, not a model"),
+        ("model.onnx", "model.onnx: ONNX files are not read"),
+        ("no/such-folder", "no/such-folder: there is no such file or folder; name a saved folder"),
         ("no.such.module:f", "cannot be imported: ModuleNotFoundError: No module named 'no'"),
         ("nowhere.py:f", "there is no file"),
         ("math:pi", "'pi' is a float, not a function"),

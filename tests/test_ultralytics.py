@@ -21,15 +21,18 @@ ultralytics = pytest.importorskip(
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-LAST_BOTTLENECKS = {
+PARTS = ("backbone", "neck", "head")
+ONE_OF_EACH_PART = {
     "version": 1,
-    "name": "c2f",
+    "name": "parts",
     "rules": [
         {
-            "id": "late",
-            "match": {"name": "model.8.m.0.cv2.conv"},
-            "replace": {"block": "outlook", "window": 3},
+            "id": part,
+            "match": {"part": part, "kernel": 3, "groups": 1, "stride": 1},
+            "pick": {"first": 1} if part == "head" else {"last": 1},
+            "replace": {"block": "acmix", "heads": 2, "window": 3},
         }
+        for part in PARTS
     ],
 }
 
@@ -101,21 +104,31 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.mark.zoo
-def test_a_rewritten_yolo_trains_and_predicts_through_its_own_api(yolo: nn.Module, data: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "bottleneck"), [("yolov8n", "model.21.m.0.cv2.conv"), ("yolo11n", "model.22.m.0.m.1.cv2.conv")]
+)
+def test_a_yolo_rewritten_in_every_part_trains_and_predicts_through_its_own_api(
+    name: str, bottleneck: str, data: Path
+) -> None:
     from convrewrite.sources.yolo import keep_blocks, trainer_for
 
-    model, report = cr.rewrite(yolo, LAST_BOTTLENECKS, example=(2, 3, 64, 64))
-    assert report.ok and type(model) is type(yolo)
-    user = ultralytics.YOLO("yolov8n.yaml", verbose=False)
-    before = {key: t.clone() for key, t in model.state_dict().items() if key.startswith("model.8.m.0.cv2.conv.")}
+    original = resolve(f"ultralytics:{name}?nc=2").model
+    model, report = cr.rewrite(original, ONE_OF_EACH_PART, example=(2, 3, 64, 64))
+    assert report.ok and type(model) is type(original)
+    edits = {edit.site.part: edit.path for edit in report.plan.edits}
+    assert tuple(edits) == PARTS and edits["neck"] == bottleneck  # of a C2f, and of a C3k2 with a C3k in it
+    user = ultralytics.YOLO(f"{name}.yaml", verbose=False)
+    before = {key: t.clone() for key, t in model.state_dict().items()}
     user.train(
         trainer=trainer_for(model), data=str(data), epochs=1, imgsz=64, batch=2, workers=0, device="cpu", plots=False,
         project=str(data.parent / "runs"), optimizer="SGD", lr0=0.1, warmup_epochs=0, amp=False, verbose=False,
     )  # fmt: skip
     trained = user.model
-    assert sum(stand_of(module) is not None for module in trained.modules()) == 1
+    assert sum(stand_of(module) is not None for module in trained.modules()) == len(PARTS)
     after = trained.float().state_dict()
-    assert before.keys() <= after.keys() and any(not torch.equal(after[key], t) for key, t in before.items())
+    assert before.keys() <= after.keys()
+    for path in edits.values():
+        assert not torch.equal(after[f"{path}.gate"], before[f"{path}.gate"]), path
     user.model = keep_blocks(trained)
     found = user.predict(torch.rand(1, 3, 64, 64), imgsz=64, device="cpu", verbose=False, save=False)
     assert len(found) == 1 and found[0].boxes is not None

@@ -233,6 +233,13 @@ def test_a_missing_file_is_named() -> None:
         resolve("squeezenet1_1", weights="no/such.pth", meta=True)
 
 
+def test_onnx_is_refused_with_the_reason(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"\x08\x07")
+    with pytest.raises(SourceError, match=r"model\.onnx: ONNX files are not read.*the model that it was exported from"):
+        resolve("squeezenet1_1", weights=str(path), meta=True)
+
+
 @pytest.mark.parametrize("name", ["DEFAULT", "IMAGENET1K_V2", "ResNet50_Weights.IMAGENET1K_V1", "a1_in1k", "tv_in1k"])
 def test_names_of_weights_are_not_files(name: str) -> None:
     assert not is_file(name)

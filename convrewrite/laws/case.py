@@ -148,13 +148,22 @@ def _drift(mode: str, old: Any, new: Any) -> Drift:
     scale = max(float(a.abs().max()) if a.numel() else 0.0 for a, _ in pairs)
     gap = max(float((a - b).abs().max()) if a.numel() else 0.0 for a, b in pairs)
     left, right = (torch.cat([p[i].flatten() for p in pairs]) for i in (0, 1))
-    cosine = 1.0 if torch.equal(left, right) else float(nn.functional.cosine_similarity(left, right, dim=0))
+    cosine = 1.0 if torch.equal(left, right) else _cosine(left, right)
     first = pairs[0]
     agreement = None
     if first[0].dim() == 2 and first[0].shape[1] > 1:
         agreement = float((first[0].argmax(1) == first[1].argmax(1)).double().mean())
     relative = gap / scale if scale else (0.0 if gap == 0 else float("inf"))
     return Drift(mode, relative, cosine, agreement)
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    """Of vectors of any length; `cosine_similarity` takes one below 1e-8, as untrained networks give, for longer."""
+    tops = a.abs().max(), b.abs().max()
+    if not all(tops):
+        return 0.0
+    a, b = a / tops[0], b / tops[1]
+    return float(a @ b / (a.norm() * b.norm()))
 
 
 def _relative(wanted: Tensor, y: Tensor) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ from convrewrite.sources.base import (
     one_line,
     split_options,
 )
-from convrewrite.weights import is_file, load_weights
+from convrewrite.weights import ONNX, is_file, load_weights, refuse_onnx
 
 __all__ = ["SOURCES", "Source", "SourceKind", "known", "parse_input", "rebuild", "recognise", "resolve"]
 
@@ -209,11 +210,13 @@ def _unknown(spec: str, known: list[str]) -> SourceError:
     path = Path(spec)
     if spec and path.is_dir():
         return SourceError("this folder holds no saved model (no recipe.json)", where=spec)
-    if path.suffix == ".onnx":
-        fix = "name the model that it was exported from"
-        return SourceError("ONNX files are not read: no converter knows what torch exports today", where=spec, fix=fix)
+    if path.suffix.lower() == ONNX:
+        return refuse_onnx(spec)
     if path.suffix == ".py":
         return SourceError("a file needs the name of a factory", where=spec, fix=f"write '{spec}:function'")
+    if os.sep in spec and not path.suffix and not path.exists():
+        fix = "name a saved folder, 'path/file.py:function', or a repository of the hub as 'hf:owner/name'"
+        return SourceError("there is no such file or folder", where=spec, fix=fix)
     if is_file(spec):
         return SourceError(
             "this is a file of weights, not a model", where=spec, fix="name the model, and give it as --weights"

@@ -11,6 +11,7 @@ from torch import nn
 
 from convrewrite import provenance
 from convrewrite.blocks.blend import Blend
+from convrewrite.identity import check_module
 from convrewrite.inserting import NAMES
 from convrewrite.stands import Stand, stand_of
 from convrewrite.training.solving import is_solved
@@ -88,6 +89,7 @@ def trainable_summary(model: nn.Module) -> TrainableSummary:
 
 def kinds_of(model: nn.Module) -> dict[str, str]:
     """Parameter name -> "new", "fitted" or "carried". The innermost edit above a parameter decides."""
+    check_module(model)
     plain = getattr(model, "_orig_mod", model)
     edits = _edits(plain)
     found = dict.fromkeys((name for name, _ in plain.named_parameters(remove_duplicate=False)), "carried")
