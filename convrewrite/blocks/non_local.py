@@ -89,6 +89,7 @@ class NonLocal(Block):
           after them, as here; the authors' scales by d^-.5, the paper does not; weights start from a normal
           distribution, biases from zero, and so they do here (standard deviation 0.01).
         - phi's bias cancels in a softmax; W_z's bias cancels in a BN that trains.
+        - ONNX has no stable sort: in its files concatenation is the double sum, with the HW x M matrix.
         - Odd sizes: the pool leaves out the last row and column, as in both codes, unless it is the only one.
     """
 
@@ -202,6 +203,8 @@ class NonLocal(Block):
             b = _scalar(tokens, self.phi, weight[1:])
         g = self._keys(pointwise(self.g, tokens), x)
         del tokens
+        if torch.onnx.is_in_onnx_export():  # which has no stable sort
+            return torch.bmm(F.relu(a[:, :, None] + b[:, None]), g) / g.shape[1]
         return mean_of_relu(a, b, g).to(g.dtype)
 
     @classmethod

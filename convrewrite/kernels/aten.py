@@ -151,7 +151,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tens
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return out.transpose(1, 2)[..., :value_width]
+    out = out.transpose(1, 2)[..., :value_width]
+    # ONNX's SDPA leaves its result in another order than torch's, for which views that follow were recorded.
+    return out.clone(memory_format=torch.contiguous_format) if torch.compiler.is_exporting() else out
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:

@@ -407,15 +407,37 @@ def test_exports_with_any_batch(name: str, where: str) -> None:
 
 @once
 def test_onnxruntime_computes_the_same(name: str, where: str, tmp_path: Path) -> None:
+    block, at = build(name, where)
+    check_onnx(awake(block), torch.randn(at.in_shape), tmp_path)
+
+
+def check_onnx(block: Block, x: Tensor, folder: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    block, at = build(name, where)
-    x = torch.randn(at.in_shape)
-    path = tmp_path / "block.onnx"
+    path = folder / "block.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about itself
-        torch.onnx.export(awake(block), (x,), path, dynamo=True, verbose=False)
+        torch.onnx.export(block, (x,), path, dynamo=True, verbose=False)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     expected: Tensor = block(x).detach()
     torch.testing.assert_close(torch.from_numpy(got), expected, **EXPORT)
+
+
+def exported() -> list[tuple[str, str, dict[str, Any]]]:
+    """What is exported beside the defaults: every word of an option, and a map of several tiles."""
+    local = next(where for name, where in TAKEN if name == "sasa" and where.endswith(" large map"))
+    return [*VARIED, ("sasa", local, {"offset_bias": True, "projection": True})]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "where", "option"), exported(), ids=[f"{b}-{w}-{o}" for b, w, o in exported()])
+def test_every_word_of_an_option_is_exported(name: str, where: str, option: dict[str, Any], tmp_path: Path) -> None:
+    at, cls = build(name, where)[1], BLOCKS.get(name)
+    torch.manual_seed(0)
+    block, x = awake(cls(at, cls.Options(**option)).eval()), torch.randn(at.in_shape)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(block, (x,), dynamic_shapes=({0: batch},)).module()
+    several = torch.cat([x, 1 - x, x + 1])
+    torch.testing.assert_close(program(several), block(several), **EXPORT)
+    check_onnx(block, x, tmp_path)
