@@ -20,7 +20,7 @@ from convrewrite.fits.base import can_fit, refuse_fit
 from convrewrite.graphs import obstacle
 from convrewrite.match import Candidate, correct_roles, match, search
 from convrewrite.plans import FITTED, Edit, Funnel, Plan, Refusal, Totals, digest
-from convrewrite.rulefile import RuleFile, resolve_options
+from convrewrite.rulefile import Rule, RuleFile, resolve_options
 from convrewrite.sites import Cost, Place, Site
 from convrewrite.spans import WholeBlock, clash, whole_block
 from convrewrite.stands import computed_weight, inserted_at
@@ -67,6 +67,8 @@ def make_plan(
     funnels: list[Funnel] = []
     notes: list[str] = []
     for file in files:
+        for rule in file.rules:
+            _block_class(file, rule, rule.change.options)  # wrong also where it finds no site
         sites = correct_roles(graph.sites, file)
         claimed = {call: e.rule for e in draft.edits if e.action == "replace" for call in e.calls}
         result = match(sites, file, claimed)
@@ -349,21 +351,14 @@ def _whole_target(whole: WholeBlock | tuple[str, str]) -> tuple[Any, str, Place 
 def _block(draft: _Draft, file: RuleFile, candidate: Candidate, place: Place) -> tuple[type[Block], BlockOptions]:
     """The block's class and its options, expressions evaluated over the site's facts."""
     rule = candidate.rule
-    where = file.where(rule.id) or f"{file.name}/{rule.id}"
-    try:
-        cls = BLOCKS.get(rule.change.block)
-    except ConvrewriteError as error:
-        raise RuleError(error.what, where=where, fix=error.fix) from None
+    where = _place_of(file, rule)
     raw = dict(rule.change.options)
     for (rule_id, option), value in draft.overrides.items():
         if rule_id in (rule.id, "*", f"{file.name}/{rule.id}"):
             raw[option] = value
             draft.used.add((rule_id, option))
+    cls = _block_class(file, rule, raw)
     fields = {name: _kind_of(info.annotation) for name, info in cls.Options.model_fields.items()}
-    unknown = next((key for key in raw if key not in fields), None)
-    if unknown is not None:
-        hint = closest(unknown, fields) or f"options of {cls.name}: {', '.join(fields)}"
-        raise RuleError(f"{cls.name} has no option '{unknown}'", where=where, fix=hint)
     try:
         stages = max((s.stage or 0 for s in draft.graph.sites), default=0)
         values = resolve_options(raw, fields, site_facts(candidate.site, stages, file.vars))
@@ -375,6 +370,25 @@ def _block(draft: _Draft, file: RuleFile, candidate: Candidate, place: Place) ->
         raise RuleError(message, where=where, fix=f"see 'convrewrite blocks {cls.name}'") from None
     except ConvrewriteError as error:
         raise RuleError(f"{candidate.site.id}: {error.what}", where=where, fix=error.fix) from None
+
+
+def _place_of(file: RuleFile, rule: Rule) -> str:
+    return file.where(rule.id) or f"{file.name}/{rule.id}"
+
+
+def _block_class(file: RuleFile, rule: Rule, options: Iterable[str]) -> type[Block]:
+    """The block that `rule` names, which has `options`."""
+    where = _place_of(file, rule)
+    try:
+        cls = BLOCKS.get(rule.change.block)
+    except ConvrewriteError as error:
+        raise RuleError(error.what, where=where, fix=error.fix) from None
+    fields = cls.Options.model_fields
+    unknown = next((key for key in options if key not in fields), None)
+    if unknown is not None:
+        hint = closest(unknown, fields) or f"options of {cls.name}: {', '.join(fields)}"
+        raise RuleError(f"{cls.name} has no option '{unknown}'", where=where, fix=hint)
+    return cls
 
 
 def _kind_of(annotation: Any) -> str:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from convrewrite.cli.main import main
+from torch import nn
 
 import convrewrite as cr
 from convrewrite.plans import Plan
@@ -199,3 +200,13 @@ def test_the_notes_of_a_file_of_weights_are_said_once(tmp_path: Path) -> None:
     done = CliRunner().invoke(main, ["inspect", f"{net}:make", "--weights", str(tmp_path / "last.ckpt")])
     assert done.exit_code == 0
     assert done.stderr == f"note: {tmp_path / 'last.ckpt'}: the entries below 'model.' were taken, 1 other left out\n"
+
+
+def test_a_wrong_option_is_told_where_the_rule_finds_no_site_too() -> None:
+    rules = {
+        "version": 1,
+        "name": "t",
+        "rules": [{"id": "r", "match": {"kernel": 11}, "replace": {"block": "acmix", "headz": 4}, "expect": 0}],
+    }
+    with pytest.raises(cr.ConvrewriteError, match=r"^t/r: acmix has no option 'headz'; did you mean 'heads'\?$"):
+        cr.plan(nn.Sequential(nn.Conv2d(3, 4, 3)), rules, example=(1, 3, 8, 8))
