@@ -208,5 +208,5 @@ def test_a_wrong_option_is_told_where_the_rule_finds_no_site_too() -> None:
         "name": "t",
         "rules": [{"id": "r", "match": {"kernel": 11}, "replace": {"block": "acmix", "headz": 4}}],
     }
-    with pytest.raises(cr.ConvrewriteError, match=r"^t/r: acmix has no option 'headz'; did you mean 'heads'\?$"):
+    with pytest.raises(cr.ConvrewriteError, match=r"^rules: acmix has no option 'headz'; did you mean 'heads'\?$"):
         cr.plan(nn.Sequential(nn.Conv2d(3, 4, 3)), rules, example=(1, 3, 8, 8))
