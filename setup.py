@@ -32,7 +32,7 @@ class Build(build_ext):
 kernel = Extension(
     "convrewrite.kernels.native._local_attention",
     sources=[SOURCE],
-    depends=["convrewrite/kernels/native/local_attention_body.h"],
+    depends=[f"convrewrite/kernels/native/{name}_body.h" for name in ("local_attention", "outlook")],
     optional=True,
 )
 setup(ext_modules=[kernel], cmdclass={"build_ext": Build})

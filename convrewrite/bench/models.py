@@ -14,6 +14,7 @@ from convrewrite.bench.calls import Call, compiled, forced
 from convrewrite.bench.memory import peak_bytes
 from convrewrite.bench.networks import NETWORKS
 from convrewrite.bench.results import About, Comparison, Result, device_name
+from convrewrite.bench.targets import judge
 from convrewrite.bench.timing import Clock, Spread, alternate, ratios
 
 INFERENCE, STEP = "inference", "training step"
@@ -66,7 +67,7 @@ def run(request: Request, progress: Callable[[str], None] = lambda name: None) -
     about = About(
         request.command, device, request.threads, torch.__version__, request.batch, request.rounds, request.clock
     )
-    return Result(about, tuple(comparisons), (), tuple(left_out))
+    return Result(about, tuple(comparisons), judge(comparisons), tuple(left_out))
 
 
 def _measure(request: Request, progress: Callable[[str], None], left_out: list[str]) -> Iterator[Comparison]:
@@ -130,11 +131,12 @@ def _authors(x: Tensor, request: Request, left_out: list[str]) -> Iterator[_Entr
     for network in NETWORKS:
         if network.rules != request.rules or request.model != "resnet50":
             continue
-        if request.peers is None or not (request.peers / network.folder).is_dir():
-            left_out.append(f"{network.name}: no folder {network.folder} under --peers")
+        reason = network.absent(request.peers)
+        if reason:
+            left_out.append(f"{network.name}: {reason}")
             continue
         model = network.build(request.peers).to(request.device)
-        yield _Entry(network.name, "peer", "eager", "auto", calls_of_network(model, x))
+        yield _Entry(network.name, "peer" if network.folder else "plain", "eager", "auto", calls_of_network(model, x))
 
 
 def calls_of_network(model: nn.Module, x: Tensor, backend: str | None = None) -> dict[str, Call]:

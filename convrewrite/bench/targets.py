@@ -60,6 +60,7 @@ class Compared(Protocol):
 
 PLACES = ("64@56", "128@28", "256@14", "512@7")
 FORWARD, BOTH, MEMORY = "forward", "forward+backward", "memory forward+backward"
+NETWORK = ("inference", "training step")
 
 
 def _series(
@@ -70,6 +71,16 @@ def _series(
 
 def _never_slower(subject: str) -> list[Target]:
     return [t for measure in (FORWARD, BOTH) for t in _series(subject, "eager", measure, ANY_PEER, (1, 1, 1, 1))]
+
+
+def _network(rules: str, *others: str) -> list[Target]:
+    """A rewritten ResNet-50: eight times as fast as each of the others, in a fifth of the memory."""
+    limits = {f"{memory}{measure}": limit for measure in NETWORK for memory, limit in (("", 1 / 8), ("memory ", 1 / 5))}
+    return [
+        Target(f"resnet50 with {rules}", "3x224x224", "eager", measure, other, limit)
+        for other in others
+        for measure, limit in limits.items()
+    ]
 
 
 TARGETS: tuple[Target, ...] = (
@@ -101,8 +112,11 @@ TARGETS: tuple[Target, ...] = (
     *_never_slower("non_local/dot_product"),
     *_never_slower("non_local/concatenation"),
     *_never_slower("position_attention"),
+    *_never_slower("channel_attention"),
     *_series("non_local/dot_product", "eager", FORWARD, "AlexHex7/Non-local_pytorch", (1 / 25,)),
     *_series("non_local/concatenation", "eager", FORWARD, "AlexHex7/Non-local_pytorch", (1 / 25,), ("128@28",)),
+    *_network("acmix", "LeapLabTHU/ACmix"),
+    *_network("sasa", "MerHS/SASA-pytorch", "unfold"),
 )
 
 

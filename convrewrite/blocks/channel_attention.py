@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -72,6 +74,8 @@ class ChannelAttention(Block):
     def attention(self, x: Tensor) -> Tensor:
         """What is added to `x`, before the gate: (B, C, H, W) -> (B, C, H, W)."""
         channels = x.flatten(2).contiguous()  # (B, C, H*W)
+        if x.dtype in (torch.float32, torch.float64) and channels.shape[1] <= channels.shape[2]:
+            return _gathered(channels).view(x.shape)
         # Not scale=-1: kernels that scale inside the exponential take the maximum before it.
         return attend(-channels, channels, channels).view(x.shape)
 
@@ -80,9 +84,36 @@ class ChannelAttention(Block):
         batch, channels, height, width = place.in_shape
         size = height * width
         alive, kept = attend_elements(channels, channels, size, size)
+        negated = 0 if channels <= size else channels * size  # -x
         return Cost(
             params=1,
             flops=4 * batch * channels**2 * size,
-            act_infer=FLOAT_BYTES * batch * (channels * size + alive),
-            act_train=FLOAT_BYTES * batch * (kept - 2 * channels * size),  # keys and values are x itself
+            act_infer=FLOAT_BYTES * batch * (negated + alive),
+            act_train=FLOAT_BYTES * batch * (kept - 3 * channels * size + negated),  # keys and values are x itself
         )
+
+
+def _gathered(x: Tensor) -> Tensor:
+    """softmax(-x x^T) x of (B, C, L), C x C held: the minus is taken there, and not of the larger x."""
+    if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        result: Tensor = _Gathered.apply(x)
+        return result
+    return torch.bmm(torch.bmm(x, x.transpose(1, 2)).neg_().softmax(-1), x)
+
+
+class _Gathered(torch.autograd.Function):
+    """`_gathered`, whose backward uses that both factors of the energies are x: one product in place of two."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        weights = torch.bmm(x, x.transpose(1, 2)).neg_().softmax(-1)
+        ctx.save_for_backward(x, weights)
+        return torch.bmm(weights, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        x, weights = ctx.saved_tensors
+        weighted = torch.bmm(grad, x.transpose(1, 2)) * weights
+        to_logits = torch.addcmul(weighted, weights, weighted.sum(-1, keepdim=True), value=-1)
+        of_values = torch.bmm(weights.transpose(1, 2), grad)
+        return torch.baddbmm(of_values, to_logits + to_logits.transpose(1, 2), x, alpha=-1)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from convrewrite.blocks.base import Block, BlockOptions, register_block
 from convrewrite.blocks.folding import Affine
 from convrewrite.blocks.local import Pair
-from convrewrite.blocks.overlap import line_elements, source_softmax, weighted_overlap
+from convrewrite.blocks.outlook_op import kernel_for, outlook_op
+from convrewrite.blocks.overlap import line_elements, normalised, source_softmax, weighted_overlap
 from convrewrite.blocks.pooled import pooled_grid
 from convrewrite.blocks.projections import project_maps
 from convrewrite.sites import Cost, Place
@@ -66,6 +67,9 @@ class Outlook(Block):
 
     FLOPs (2 per multiply-add; softmax, the sums of weights, pooling and elementwise work are not counted):
         B HW 2 C_out (C_in + (2K - 1)^2) + B hw 2 C_in N K^4 + B HoWo 2 C_out^2
+
+    At step 1 the native CPU kernel computes the sums, where there is one (`backend`), eager and compiled. The stated
+    activation bytes are those of the backend "aten"; the kernel holds less.
 
     Reference:
         Yuan et al. 2021, arXiv 2106.13112, equations 3 to 5. Weights start as in the authors' code: normal, cut off
@@ -121,7 +125,7 @@ class Outlook(Block):
     def forward(self, x: Tensor) -> Tensor:
         channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         grid = pooled_grid(self.spec, x.shape[2], x.shape[3], self.options.window)
-        z = self.attention.gather(grid.pad(x))
+        z = self.attention.gather(grid.pad(x), self.backend)
         z = z[:, :, grid.y.start :, grid.x.start :][:, :, : grid.y.count, : grid.x.count]
         y = pointwise(self.attention.proj, grid.pool(z))  # (B, C, Ho, Wo)
         return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
@@ -163,13 +167,18 @@ class OutlookAttention(nn.Module):
         for linear in (self.v, self.attn, self.proj):
             start_linear(linear)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return pointwise(self.proj, self.gather(x))
+    def forward(self, x: Tensor, backend: str = "auto") -> Tensor:
+        return pointwise(self.proj, self.gather(x, backend))
 
-    def gather(self, x: Tensor) -> Tensor:
-        """z, the sum before W_o: (B, C_in, H, W) -> (B, C_out, H, W)."""
+    def gather(self, x: Tensor, backend: str = "auto") -> Tensor:
+        """z, the sum before W_o: (B, C_in, H, W) -> (B, C_out, H, W). `backend` as `Block` has it."""
         centres = F.avg_pool2d(x, self.step, self.step, ceil_mode=True) if self.step > 1 else x
         values = pointwise(self.v, x)
+        kernel = kernel_for(backend, values, self.step)
+        if kernel is not None:
+            logits = pointwise(self.attn, centres, self.scale)
+            y: Tensor = outlook_op(values, logits, self.heads, self.window, list(self.dilation), kernel)
+            return normalised(y, self.window, self.step, self.dilation) if self.normalise else y
         softmaxed = [source_softmax(pointwise(self.attn, centres, self.scale), self.heads, self.window)]
         return weighted_overlap(
             values,
@@ -187,8 +196,10 @@ def pointwise(linear: nn.Linear, x: Tensor, scale: float = 1.0) -> Tensor:
     if scale != 1.0:  # of the weights: cheaper than of the map
         weight, bias = weight * scale, None if bias is None else bias * scale
     if x.is_contiguous():
-        y = project_maps(weight, x).view(x.shape[0], weight.shape[0], *x.shape[2:])
-        return y if bias is None else y.add_(bias[:, None, None])
+        y = project_maps(weight, x)
+        if bias is not None:  # in place of the product itself: in place of a view, its backward would copy all of it
+            y = y.add_(bias[:, None])
+        return y.view(x.shape[0], weight.shape[0], *x.shape[2:])
     return F.conv2d(x, weight[:, :, None, None], bias)
 
 

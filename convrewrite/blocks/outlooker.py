@@ -105,7 +105,7 @@ class Outlooker(Block):
         return largest(*(w for last in (self.attn.proj, self.mlp.fc2) for w in (last.weight, last.bias)))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(_channels_first(self.norm1, x)).to(x.dtype)
+        x = x + self.attn(_channels_first(self.norm1, x), self.backend).to(x.dtype)
         tokens = self.norm2(x.permute(0, 2, 3, 1))  # (B, H, W, C)
         mixed: Tensor = self.mlp(tokens)
         return x + mixed.permute(0, 3, 1, 2).to(x.dtype)

@@ -44,6 +44,21 @@ def outlook(
     return weighted_overlap(values, [weights], step=step, dilation=dilation, normalise=normalise)
 
 
+def outlook_gradients(
+    grad: Tensor, values: Tensor, logits: Tensor, *, heads: int, window: int, dilation: Pair
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the values and logits of `outlook` at step 1, not normalised, without autograd."""
+    (b, c, h, w), side = values.shape, 2 * window - 1
+    shares = source_softmax(logits, heads, window)
+    by_offset = _by_offset(shares, (h, w), 1, dilation)
+    maps, of = (t.contiguous().view(b, heads, c // heads, h, w) for t in (values, grad))
+    to_values, to_offsets = _gradients(of, maps, by_offset, side, dilation)
+    to_shares = _to_centres(to_offsets, shares.shape, dilation)
+    flat, of_flat = (t.view(b * heads * window**2, window**2, h * w) for t in (shares, to_shares))
+    to_logits = torch._softmax_backward_data(of_flat, flat, 1, flat.dtype)
+    return to_values.view(values.shape), to_logits.view(logits.shape)
+
+
 def weighted_overlap(
     values: Tensor, softmaxed: list[Tensor], *, step: int = 1, dilation: Pair = (1, 1), normalise: bool
 ) -> Tensor:
@@ -59,9 +74,14 @@ def weighted_overlap(
         b, c, h, w
     )
     if normalise:
-        rows, columns = (_writers(n, window, step, d, y) for n, d in ((h, dilation[0]), (w, dilation[1])))
-        y = y / (rows[:, None] * columns)
+        y = normalised(y, window, step, dilation)
     return y.to(values.dtype)
+
+
+def normalised(y: Tensor, window: int, step: int, dilation: Pair) -> Tensor:
+    """Each pixel of (B, C, H, W) divided by the number of centres that write to it."""
+    rows, columns = (_writers(n, window, step, d, y) for n, d in zip(y.shape[2:], dilation, strict=True))
+    return y / (rows[:, None] * columns)
 
 
 def source_softmax(logits: Tensor, heads: int, window: int) -> Tensor:
@@ -95,12 +115,17 @@ class _ByOffset(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        b, heads, window, *_, h, w = ctx.shape
-        grad = grad.reshape(b, heads, 2 * window - 1, 2 * window - 1, h, w)
-        to_weights = grad.new_zeros(ctx.shape)
-        for (row, column), here, there in _targets(window, h, w, ctx.dilation):
-            to_weights[:, :, row, column][there] = grad[here]
-        return to_weights, None
+        return _to_centres(grad, ctx.shape, ctx.dilation), None
+
+
+def _to_centres(grad: Tensor, shape: tuple[int, ...], dilation: Pair) -> Tensor:
+    """Gradients (B, N, (2K-1)^2, H, W) of summed weights as those of each centre's, in their shape."""
+    b, heads, window, *_, h, w = shape
+    grad = grad.reshape(b, heads, 2 * window - 1, 2 * window - 1, h, w)
+    to_weights = grad.new_zeros(shape)
+    for (row, column), here, there in _targets(window, h, w, dilation):
+        to_weights[:, :, row, column][there] = grad[here]
+    return to_weights
 
 
 def _targets(
@@ -188,10 +213,9 @@ def _gradients(grad: Tensor, values: Tensor, weights: Tensor, side: int, dilatio
     for part in lines.parts(values):
         source, by, of = lines.padded(values, part), lines.pixels(weights, part), lines.pixels(grad, part)
         to_source = torch.zeros_like(source, dtype=grad.dtype)
-        to_by, products = torch.zeros_like(by), torch.empty_like(of)
         for tap, begin in lines.taps(values):
             to_source[..., begin : begin + lines.length].addcmul_(of, by[:, tap, None])
-            to_by[:, tap] = torch.mul(of, source[..., begin : begin + lines.length], out=products).sum(1)
+        to_by = lines.products(of, source)
         to_values.flatten(0, 1)[part] = lines.inner(to_source)
         to_weights.flatten(0, 1)[part] = lines.cut(to_by)
     return to_values, to_weights
@@ -253,6 +277,20 @@ class _Lines:
         """(tap, where its line begins in a padded one) for every offset that meets the map."""
         for tap, rows, columns in _taps(values, self.side, self.dilation):
             yield tap, rows.start * self.width + columns.start
+
+    def products(self, pixels: Tensor, padded: Tensor) -> Tensor:
+        """(heads, taps, length): of each pixel with each offset from it, summed over the channels.
+
+        All offsets of a channel at once, so that the sums are what stays in the cache.
+        """
+        window = padded.shape[0], self.side, self.side, self.length
+        along = padded.stride(2)
+        steps = padded.stride(0), self.dilation[0] * self.width * along, self.dilation[1] * along, along
+        total = pixels.new_zeros(window)
+        for c in range(pixels.shape[1]):
+            at = padded.as_strided(window, steps, padded.storage_offset() + c * padded.stride(1))
+            total.addcmul_(pixels[:, c, None, None], at)
+        return total.flatten(1, 2)
 
     def cut(self, lines: Tensor) -> Tensor:
         """The maps of lines of pixels."""

@@ -16,6 +16,7 @@ from convrewrite.bench.blocks import Request, run
 from convrewrite.bench.calls import BOTH, FORWARD, VARIABLE, calls_of, forced
 from convrewrite.bench.contenders import Shape, contenders
 from convrewrite.bench.memory import highest, peak_bytes
+from convrewrite.bench.networks import NETWORKS
 from convrewrite.bench.plain import UnfoldACmix, UnfoldOutlook, UnfoldSASA, WholeLogits
 from convrewrite.bench.results import Comparison, Result
 from convrewrite.bench.tables import markdown, ratio_text
@@ -87,8 +88,37 @@ def test_targets_of_plain_eager_code_look_at_it_where_it_was_forced_too() -> Non
     assert marks(comparisons, FORWARD_OF_OUTLOOK) == [(5.0, "falls short")]
 
 
-def test_every_target_names_a_contender() -> None:
-    assert {target.subject for target in TARGETS} <= {contender.name for contender in contenders()}
+def test_every_target_names_a_contender_or_a_network_that_there_is_another_of() -> None:
+    networks = {(f"resnet50 with {network.rules}", network.name) for network in NETWORKS}
+    names = {contender.name for contender in contenders()}
+    assert all(t.subject in names or (t.subject, t.against) in networks for t in TARGETS)
+    assert networks == {(t.subject, t.against) for t in TARGETS if t.subject not in names}
+
+
+def test_targets_of_a_network_look_at_its_own_rows() -> None:
+    row = found(0.3, subject="resnet50 with sasa", place="3x224x224", measure="memory inference", against="unfold")
+    (target,) = [t for t in TARGETS if (t.subject, t.measure, t.against) == (row.subject, row.measure, row.against)]
+    assert marks([row, replace(row, measure="inference")], target) == [(0.3, "falls short")]
+    assert marks([replace(row, place="3x64x64")], target) == []  # of other images nothing is wanted
+
+
+def test_the_textbook_network_has_the_shapes_and_parameters_of_the_rewritten_one() -> None:
+    import convrewrite as cr
+
+    (network,) = [network for network in NETWORKS if not network.folder]
+    with torch.device("meta"):
+        textbook = network.build(None)
+    original = pytest.importorskip("torchvision").models.resnet50()
+    rewritten = cr.rewrite(original, network.rules, start="fresh", example=(1, 3, 64, 64)).model
+    assert sum(p.numel() for p in textbook.parameters()) == sum(p.numel() for p in rewritten.parameters())
+    assert textbook(torch.empty(2, 3, 65, 64, device="meta")).shape == (2, 1000)  # odd sizes under its strides
+
+
+def test_a_network_without_its_folder_is_left_out_with_the_reason(tmp_path: Any) -> None:
+    (published,) = [network for network in NETWORKS if network.name == "LeapLabTHU/ACmix"]
+    assert published.absent(None) == published.absent(tmp_path) == "no folder ACmix under --peers"
+    (tmp_path / "ACmix").mkdir()
+    assert published.absent(tmp_path) is None
 
 
 def test_quartiles_are_those_of_the_ratios_of_each_round() -> None:

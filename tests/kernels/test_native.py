@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import platform
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
+from convrewrite.blocks.local import local_attention
 from convrewrite.kernels import native_local
 from convrewrite.kernels.geometry import LocalSpec
 from tests.blocks.reference import loop_attention
@@ -18,6 +20,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-11, torch.bfloat16: 2e-2}
 some = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 pytestmark = pytest.mark.usefixtures("native")
+on_x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the kernel sets x86's mode")
 
 
 def geometry_of(problem: Problem) -> LocalSpec:
@@ -156,8 +159,6 @@ def test_expanded_inputs_and_gradients_are_read_by_their_strides() -> None:
 
 
 def native_local_sum(leaves: dict[str, Tensor]) -> Tensor:
-    from convrewrite.blocks.local import local_attention
-
     return local_attention(**leaves, **EXAMPLE.geometry, backend="native").sum()
 
 
@@ -171,6 +172,15 @@ def test_threads_and_repetition_change_no_bit() -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@on_x86
+def test_numbers_too_small_for_full_precision_are_zero_and_the_thread_s_arithmetic_is_as_before() -> None:
+    leaves = {name: t.requires_grad_() for name, t in EXAMPLE.tensors(torch.float32).items()}
+    out = local_attention(**leaves, **EXAMPLE.geometry, backend="native")
+    grads = torch.autograd.grad(out, list(leaves.values()), torch.full_like(out, 1e-40))
+    assert not any(g.any() for g in grads)
+    assert bool((torch.full((3,), 1e-40) * 1.0).any())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -22,6 +22,7 @@ POINTERS = (
     *("q", "k", "v", "rows", "columns", "bias", "out", "lse", "grad"),
     *("grad_q", "grad_k", "grad_v", "grad_rows", "grad_columns", "grad_bias"),
 )
+FUNCTIONS = ("local_attention_forward", "local_attention_backward", "outlook_forward", "outlook_backward")
 SIZES = ("batch", "heads", "width", "value_width", "query_rows", "query_columns", "key_rows", "key_columns")
 
 
@@ -59,9 +60,9 @@ def load(file: Path) -> ctypes.CDLL:
     _openmp()
     found = ctypes.CDLL(str(file))
     found.local_attention_size.restype = ctypes.c_int64
-    if found.local_attention_size() != ctypes.sizeof(Arguments):
+    if found.local_attention_size() != ctypes.sizeof(Arguments) or not all(hasattr(found, name) for name in FUNCTIONS):
         raise OSError(f"{file} is of another version; install again")
-    for name in ("local_attention_forward", "local_attention_backward"):
+    for name in FUNCTIONS:
         getattr(found, name).argtypes = (ctypes.POINTER(Arguments), ctypes.c_int)
     return found
 

@@ -1,7 +1,7 @@
-/* Local attention on CPU: a plain C interface, no torch headers, OpenMP where the compiler has it.
+/* Local and outlook attention on CPU: a plain C interface, no torch headers, OpenMP where the compiler has it.
  *
- * The algorithm is in local_attention_body.h. It is compiled once for each element type and instruction set, and
- * local_attention() picks at run time. One call does one whole tensor; tensors may have any strides.
+ * The algorithms are in local_attention_body.h and outlook_body.h. They are compiled once for each element type and
+ * instruction set, and PICK picks at run time. One call does one whole tensor; tensors may have any strides.
  */
 #include <math.h>
 #include <stdint.h>
@@ -72,6 +72,27 @@ static void *zeros(int64_t bytes) {
     void *memory = aligned_alloc(64, (size_t)round_up(most(bytes, 64), 64));
     if (memory) memset(memory, 0, (size_t)round_up(most(bytes, 64), 64));
     return memory;
+}
+
+/* Has this thread's arithmetic flush numbers too small for full precision to zero, and tells what it did before.
+ * Weights of keys far below the maximum are such numbers once multiplied with a gradient, and each would cost as much
+ * as a hundred others: a training step of a whole network took three times as long. */
+static unsigned flush_small(void) {
+#if defined(__SSE2__) && (defined(__GNUC__) || defined(__clang__))
+    const unsigned before = __builtin_ia32_stmxcsr();
+    __builtin_ia32_ldmxcsr(before | 0x8040u); /* results, and arguments */
+    return before;
+#else
+    return 0;
+#endif
+}
+
+static void flush_as_before(unsigned before) {
+#if defined(__SSE2__) && (defined(__GNUC__) || defined(__clang__))
+    __builtin_ia32_ldmxcsr(before);
+#else
+    (void)before;
+#endif
 }
 
 #define JOIN_(a, b) a##b
@@ -150,3 +171,9 @@ int local_attention_forward(const arguments *a, int level) { PICK(forward); }
 
 /* Fills every grad_* that is not NULL, from q, k, v, out, lse and grad. */
 int local_attention_backward(const arguments *a, int level) { PICK(backward); }
+
+/* Outlook attention, with `arguments` as outlook_body.h reads them: fills out. */
+int outlook_forward(const arguments *a, int level) { PICK(outlook_forward); }
+
+/* Fills grad_q and grad_v. */
+int outlook_backward(const arguments *a, int level) { PICK(outlook_backward); }

@@ -322,6 +322,7 @@ TARGET static int NAME(forward)(const arguments *a) {
                              (a->border == MASK ? plane : 0);
 #pragma omp parallel num_threads((int)a->threads)
         {
+            const unsigned before = flush_small();
             REAL *scratch = zeros(size * (int64_t)sizeof(REAL));
 #pragma omp for schedule(static)
             for (int64_t task = 0; task < heads * tiles; task++) {
@@ -335,6 +336,7 @@ TARGET static int NAME(forward)(const arguments *a) {
                 status = NO_MEMORY;
             }
             free(scratch);
+            flush_as_before(before);
         }
     }
     NAME(free_layout)(&l);
@@ -566,6 +568,7 @@ TARGET static int NAME(backward)(const arguments *a) {
         const int64_t heads = a->batch * a->heads;
 #pragma omp parallel num_threads((int)least(a->threads, heads))
         {
+            const unsigned before = flush_small();
             HEAD h;
             REAL *scratch = zeros(NAME(find_head)(&h, NULL, a, &l) * (int64_t)sizeof(REAL));
             NAME(find_head)(&h, scratch, a, &l);
@@ -577,11 +580,14 @@ TARGET static int NAME(backward)(const arguments *a) {
                 status = NO_MEMORY;
             }
             free(scratch);
+            flush_as_before(before);
         }
     }
     NAME(free_layout)(&l);
     return status;
 }
+
+#include "outlook_body.h"
 
 #undef LANES
 #undef CHANNELS
