@@ -274,7 +274,7 @@ def recovery(out: Path, blocks: tuple[str, ...], seeds: int, draw_only: bool, **
     import torch
 
     from convrewrite.bench import recovery as bench
-    from convrewrite.bench.recovery_report import markdown, picture, verdict_table
+    from convrewrite.bench.recovery_report import conclusion, markdown, picture, verdict_table
     from convrewrite.bench.recovery_setting import ENTRIES, Study
     from convrewrite.errors import closest
 
@@ -289,7 +289,7 @@ def recovery(out: Path, blocks: tuple[str, ...], seeds: int, draw_only: bool, **
     torch.set_num_threads(1)
     found = bench.read(rows, setting) if draw_only else bench.study(setting, seeds, rows, entries=entries, say=_say)
     picture(found, out / "recovery.png")
-    tables = f"{markdown(found, setting.test)}\n\n{verdict_table(found, setting.test)}"
+    tables = "\n\n".join(part(found, setting.test) for part in (markdown, verdict_table, conclusion))
     put(tables, str(out / "table.md"))
     put(tables, None)
 

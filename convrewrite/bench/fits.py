@@ -129,8 +129,10 @@ def _layer(
         target = prior(conv.weight, conv.bias, site.conv, window)
         if with_images:
             if window not in measured:
+                # What fits that keep the groups want to know is the covariance within them, which is much smaller.
+                settings = Settings(memory=0) if site.conv.groups > 1 else Settings()
                 measured[window] = measure_site(
-                    model, model, site.path, contender.block, options, site.conv, images.fit, 1, scale, Settings(), 0
+                    model, model, site.path, contender.block, options, site.conv, images.fit, 1, scale, settings, 0
                 )
             target = measured[window]
         block = cls(site.place(), options)

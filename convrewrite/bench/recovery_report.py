@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,6 +169,28 @@ def verdict_table(rows: Sequence[Row], images: int) -> str:
         tenth, above = ("yes" if held else "no" for held in (v.tenth, v.end >= v.original - EQUAL))
         lines.append(f"| `{v.block}` | {v.condition} | {steps} | {random} | {tenth} | {v.alone} | {shares} | {above} |")
     return "\n".join(lines)
+
+
+def conclusion(rows: Sequence[Row], images: int) -> str:
+    """How many blocks meet each criterion, and which, each by the best of its starts; Markdown, two paragraphs."""
+    found = list(verdicts(rows, images))
+    best = {v.block: max((o for o in found if o.block == v.block), key=lambda o: o.end - o.original) for v in found}
+    soon = [block for block in best if any(v.tenth for v in found if v.block == block)]
+    gaps = {block: v.end - v.original for block, v in best.items()}
+    noise = {block: noise_of(v.original, images) for block, v in best.items()}
+    above = [block for block, gap in gaps.items() if gap >= -EQUAL]
+    near = [block for block, gap in gaps.items() if -noise[block] <= gap < -EQUAL]
+    below = [block for block in best if block not in above and block not in near]
+    late = [block for block in best if block not in soon]
+    first = f"At the original's accuracy in a tenth of the steps of random attention: {_names(soon, best)}."
+    second = f"At the end at or above the original: {_names(above, best)}."
+    third = f"Below by less than the noise: {_names(near)}. Below by more: {_names(below)}."
+    return f"{first} Not: {_names(late)}.\n\n{second} {third}"
+
+
+def _names(blocks: Sequence[str], of: Mapping[str, object] | None = None) -> str:
+    count = f"{len(blocks)} of {len(of)} blocks, " if of is not None else ""
+    return count + (", ".join(f"`{block}`" for block in blocks) or "none")
 
 
 def picture(rows: Sequence[Row], path: Path) -> None:

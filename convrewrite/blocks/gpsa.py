@@ -26,6 +26,9 @@ HELD_LOCALITY = 40.0
 """Locality at which a head sees its tap alone: exp(-40), what is left for each neighbour, is nothing beside 1 even in
 float64, and is not yet zero in float32, so the positions still have a gradient, however small."""
 
+HELD_SHARE = 0.25
+"""Share of content in the heads that hold a convolution beside a background: about that of the papers' start."""
+
 ONE_HOT = 37.0
 """By how much a tap's logit has to lead its neighbours' for them to have less than 2^-53 of its weight."""
 
@@ -43,6 +46,10 @@ class GPSAOptions(BlockOptions):
     )
     locality: float = Field(
         default=1.0, gt=0, description="sharpness of the positional heads at a fresh start, per squared pixel"
+    )
+    background: bool = Field(
+        default=False,
+        description="one head more, of content alone, so that an exact start has content in all heads; not the paper's",
     )
 
 
@@ -64,6 +71,10 @@ class GPSA(Block):
     P is the product of a softmax along rows and one along columns, since its logits are their sum, so it is applied as
     two small matrices at any map size, and never held over pairs of pixels.
 
+    With the option `background` there are k^2 + 1 heads, and the last one starts as content alone (g = 1). A held
+    convolution then has g = 1/4, V_h = 4/3 K_h and W_q = 0 in the others: every S is the mean over the map, and what
+    the heads add of it the last one takes away, V_last = - 1/3 sum_h K_h. So content learns from the first step on.
+
     Queries stand at the centres of the convolution's windows, so stride, dilation and any padding are its own. Where
     a centre is outside the map (padding beyond "same"), q is 0. A bias is kept if the convolution has one.
 
@@ -71,7 +82,7 @@ class GPSA(Block):
         (B, C_in, H, W) -> (B, C_out, Ho, Wo), the size the convolution gives.
 
     Parameters:
-        N C_in C_out + 2 N D C_in + 4 N     (+ C_out with a bias)
+        N C_in C_out + 2 N D C_in + 4 N     (+ C_out with a bias), N = k^2, or k^2 + 1 with a background
 
     FLOPs (2 per multiply-add, Q = HoWo, L = HW; softmax and elementwise work are not counted):
         B 2 N ( Q C_in C_out + (Q + L) C_in D + Q L (D + C_in) + (Ho L + Q W) C_in )
@@ -94,13 +105,19 @@ class GPSA(Block):
         super().__init__(place, options)
         assert place.conv is not None  # refuse() said so
         self.spec = spec = place.conv
-        self.heads, self.key_dim = math.prod(spec.kernel), _key_dim(spec, options)
+        self.heads, self.key_dim = _heads(spec, options), _key_dim(spec, options)
         self.qk = nn.Conv2d(self.in_channels, 2 * self.heads * self.key_dim, 1, bias=False)
         self.weight = nn.Parameter(torch.empty(self.out_channels, self.in_channels, *spec.kernel))
         self.bias = nn.Parameter(torch.zeros(self.out_channels)) if spec.bias else None
-        self.position = nn.Parameter(_bumps(spec, options.locality))
+        self.position = nn.Parameter(_bumps(spec, options.locality, background=options.background))
         self.gate = nn.Parameter(torch.full((self.heads,), CONTENT_SHARE))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        self.background: nn.Parameter | None = None
+        if options.background:
+            bound = (self.in_channels * math.prod(spec.kernel)) ** -0.5  # that of the other heads
+            self.background = nn.Parameter(torch.empty(self.out_channels, self.in_channels).uniform_(-bound, bound))
+            with torch.no_grad():
+                self.gate[-1] = 1
 
     @classmethod
     def refuse(cls, place: Place, options: BlockOptions) -> str | None:
@@ -122,10 +139,12 @@ class GPSA(Block):
         return True
 
     def load_conv(self, conv: nn.Conv2d) -> None:
-        """Become `conv`: its weights as values, every head on its tap, no content.
+        """Become `conv`: its weights as values, every head on its tap; no content, or with a background content undone.
 
-        The positions then hardly learn (their gradient is of the order of exp(-40)); the gates do, and through
-        them the content.
+        The positions then hardly learn (their gradient is of the order of exp(-40)). No values make up for heads that
+        are wide enough to: at locality a the pixel beside the kernel gets exp(-a) of the outermost tap, so errors of
+        1e-5 and 1e-12 need an a of 12 and 28. The gates learn, and through them the content; with a background the
+        content does from the first step on.
 
         Raises:
             ConvrewriteError: `conv` is not the convolution that the block was built for.
@@ -136,22 +155,40 @@ class GPSA(Block):
             self.weight.copy_(conv.weight)
             if self.bias is not None and conv.bias is not None:
                 self.bias.copy_(conv.bias)
-            self.position.copy_(_bumps(self.spec, HELD_LOCALITY))
+            taps = len(_bumps(self.spec, HELD_LOCALITY))
+            self.position[:taps] = _bumps(self.spec, HELD_LOCALITY)
             self.gate.zero_()
+            if self.background is not None:
+                self.gate[:taps], self.gate[taps:] = HELD_SHARE, 1
+                self.weight.div_(1 - HELD_SHARE)
+                self.background.copy_(-conv.weight.double().sum((2, 3)) * HELD_SHARE / (1 - HELD_SHARE))
+                self.qk.weight[: self.heads * self.key_dim] = 0
 
     def plain(self) -> nn.Conv2d | None:
         if self.content() != 0 or not self._one_hot():
             return None
-        return conv_of(self.spec, self.weight, self.bias, like=self.weight)
+        if self.background is None:
+            return conv_of(self.spec, self.weight, self.bias, like=self.weight)
+        gate = self.gate.detach().double()
+        values = torch.cat([self.weight.detach().flatten(2), self.background.detach()[:, :, None]], 2).double()
+        mean, size = (values * gate).sum(2), (values * gate).abs().sum(2)  # of what each S, which is a mean, adds
+        eps = torch.finfo(self.weight.dtype).eps
+        if float(gate[-1]) != 1 or bool((mean.abs() > eps * size).any()):
+            return None
+        kernel = (values * (1 - gate))[:, :, :-1].view_as(self.weight)
+        return conv_of(self.spec, kernel, self.bias, like=self.weight)
 
     def content(self) -> float:
-        return largest(self.gate)
+        """The gates; with a background the queries: without them every S is one mean, which the heads may undo."""
+        return largest(self.gate if self.background is None else self.qk.weight[: self.heads * self.key_dim])
 
     def folded(self, after: Affine | None) -> GPSA | None:
         if after is None:
             return None
         twin = copy.deepcopy(self)
         twin.weight, twin.bias = after.weight(self.weight), after.bias(self.bias, self.weight)
+        if self.background is not None:
+            twin.background = after.weight(self.background)
         return twin
 
     def _one_hot(self) -> bool:
@@ -159,7 +196,7 @@ class GPSA(Block):
         for axis in (0, 1):
             taps = torch.tensor(_offsets(self.spec, axis), dtype=torch.float64)
             tap = taps[:, None].expand(self.spec.kernel) if axis == 0 else taps.expand(self.spec.kernel)
-            linear, square = (self.position.detach().double().cpu()[:, i] for i in (1 - axis, 2))
+            linear, square = (self.position.detach().double().cpu()[: tap.numel(), i] for i in (1 - axis, 2))
             # l(t) - l(t + s) for s = 1 and -1; farther ones are lower still, as the logits are concave.
             lead = [-s * linear - square * (2 * s * tap.flatten() + 1) for s in (1, -1)]
             if bool((square > 0).any()) or float(torch.stack(lead).min()) < ONE_HOT:
@@ -169,7 +206,10 @@ class GPSA(Block):
     def forward(self, x: Tensor) -> Tensor:
         channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         seen = self._seen(x).permute(0, 2, 3, 1, 4).flatten(3)  # (B, Ho, Wo, N*C_in)
-        y = F.linear(seen, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
+        weight = self.weight.flatten(2).transpose(1, 2)  # (C_out, N, C_in)
+        if self.background is not None:
+            weight = torch.cat([weight, self.background[:, None]], 1)
+        y = F.linear(seen, weight.flatten(1), self.bias).permute(0, 3, 1, 2)
         return y if channels_last else y.contiguous()
 
     def _seen(self, x: Tensor) -> Tensor:
@@ -225,12 +265,12 @@ class GPSA(Block):
         assert isinstance(options, GPSAOptions)
         assert place.conv is not None
         batch, c_in, height, width = place.in_shape
-        c_out, heads, dim = place.conv.out_channels, math.prod(place.conv.kernel), _key_dim(place.conv, options)
+        c_out, heads, dim = place.conv.out_channels, _heads(place.conv, options), _key_dim(place.conv, options)
         out_height, out_width = place.out_shape[2:]
         keys, queries = height * width, out_height * out_width
         flops = queries * c_in * c_out + (queries + keys) * c_in * dim + queries * keys * (dim + c_in)
         flops += (out_height * keys + queries * width) * c_in
-        infer, train = _activations(place, dim)
+        infer, train = _activations(place, heads, dim)
         return Cost(
             params=heads * (c_in * c_out + 2 * dim * c_in + 4) + (c_out if place.conv.bias else 0),
             flops=batch * 2 * heads * flops,
@@ -239,12 +279,12 @@ class GPSA(Block):
         )
 
 
-def _activations(place: Place, dim: int) -> tuple[int, int]:
+def _activations(place: Place, heads: int, dim: int) -> tuple[int, int]:
     """Elements alive at once in inference and kept for the backward pass."""
     assert place.conv is not None
     batch, c_in, height, width = place.in_shape
     c_out, out_height, out_width = place.out_shape[1:]
-    heads, keys, queries = math.prod(place.conv.kernel), height * width, out_height * out_width
+    keys, queries = height * width, out_height * out_width
     seen, lines, weight = queries * c_in, out_height * width * c_in, heads * c_in * c_out  # the weight is permuted
     if _holds_logits(keys, c_in):
         inner = 2 * (queries + keys) * dim + queries * keys + max(queries * keys, seen)
@@ -272,16 +312,21 @@ def _holds_logits(keys: int, channels: int) -> bool:
     return keys <= DENSE_PER_CHANNEL * channels
 
 
+def _heads(spec: ConvSpec, options: GPSAOptions) -> int:
+    return math.prod(spec.kernel) + options.background
+
+
 def _key_dim(spec: ConvSpec, options: GPSAOptions) -> int:
     if options.key_dim is not None:
         return options.key_dim
     return max(1, spec.out_channels // math.prod(spec.kernel) // KEY_ALIGNMENT) * KEY_ALIGNMENT
 
 
-def _bumps(spec: ConvSpec, locality: float) -> Tensor:
-    """u of the heads, (N, 3): logits are then -locality times the squared distance from the head's tap."""
+def _bumps(spec: ConvSpec, locality: float, *, background: bool = False) -> Tensor:
+    """u of the heads, (N, 3): logits are -locality times the squared distance from the tap; the background's is 0."""
     taps = [_offsets(spec, axis) for axis in (0, 1)]
-    return torch.tensor([[2.0 * x, 2.0 * y, -1.0] for y, x in product(*taps)]) * locality
+    bumps = [[2.0 * x, 2.0 * y, -1.0] for y, x in product(*taps)] + [[0.0, 0.0, -1.0]] * background
+    return torch.tensor(bumps) * locality
 
 
 def _offsets(spec: ConvSpec, axis: int) -> list[int]:

@@ -159,7 +159,7 @@ def measure_site(
     assert isinstance(conv, nn.Conv2d)
     window = FITS.get(name).window(spec, options)
     full = bytes_needed(spec.in_channels, window.taps) <= settings.memory
-    sums = Sums.empty(spec.out_channels, spec.in_channels, window.taps, full=full)
+    sums = Sums.empty(spec.out_channels, spec.in_channels, window.taps, full=full, groups=spec.groups)
     limit = settings.samples or max(LEAST_PATCHES, PATCHES_PER_NUMBER * spec.in_channels * window.taps)
     each = -(-limit // (len(images) * calls))
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)

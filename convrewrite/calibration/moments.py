@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convrewrite.fits.target import Target, Window, dense_weight
+from convrewrite.fits.target import ROUNDING, Target, Window, dense_weight
 from convrewrite.sites import ConvSpec
 
 NUMBER = 8
@@ -65,9 +65,13 @@ class Sums:
     joint: Tensor
     y: Tensor
     square: Tensor
+    groups: int = 1
+    within: Tensor | None = None
 
     @classmethod
-    def empty(cls, outputs: int, channels: int, taps: int, *, full: bool) -> Sums:
+    def empty(cls, outputs: int, channels: int, taps: int, *, full: bool, groups: int = 1) -> Sums:
+        """Nothing yet. Without `full` the second moments within each of the convolution's groups, if there are any."""
+
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float64)
 
@@ -76,7 +80,8 @@ class Sums:
         joint = zeros(outputs, size) if full else zeros(outputs, 0)
         return cls(
             0, zeros(channels + 1, taps), second, zeros(channels, channels), zeros(taps, taps), joint,
-            zeros(outputs), zeros(outputs),
+            zeros(outputs), zeros(outputs), groups,
+            None if full or groups == 1 else zeros(groups, channels // groups * taps, channels // groups * taps),
         )  # fmt: skip
 
     def add(self, phi: Tensor, y: Tensor) -> None:
@@ -87,6 +92,9 @@ class Sums:
         if self.second is not None:
             self.second.addmm_(flat.t(), flat)
             self.joint.addmm_(y.t(), flat)
+        if self.within is not None:
+            own = inner.reshape(len(phi), self.groups, -1).transpose(0, 1)  # (G, n, C/G*T)
+            self.within.baddbmm_(own.transpose(1, 2), own)
         across = inner.transpose(1, 2).flatten(0, 1)  # (n*T, C)
         self.channel.addmm_(across.t(), across)
         along = inner.flatten(0, 1)  # (n*C, T)
@@ -102,10 +110,16 @@ class Sums:
         inner = mean[:-1]
         channel = self.channel / (self.count * taps) - (inner @ inner.t()) / taps
         spatial = self.spatial / (self.count * channels) - (inner.t() @ inner) / channels
-        spatial = spatial / spatial.diagonal().mean().clamp(min=1e-300)
+        # Beside a large mean a small variance is rounding, and may be below 0.
+        least = ROUNDING * float(self.channel.diagonal().mean()) / (self.count * taps)
+        channel.diagonal().add_(least)
+        spatial.diagonal().add_(least)
+        level = float(spatial.diagonal().mean())
+        spatial = spatial / level if level > 0 else torch.eye(taps, dtype=torch.float64)  # nothing but zeros was seen
         covariance = None
         if self.second is not None:
             covariance = self.second / self.count - mean.flatten()[:, None] * mean.flatten()
+            covariance.diagonal()[: channels * taps].add_(least)
         variance = (self.square / self.count - mean_y.square()).clamp(min=0)
         target = Target(
             weight=weight,
@@ -118,12 +132,24 @@ class Sums:
             mean_out=mean_y,
             scale=scale,
             power=float((variance * scale.square()).sum()),
+            groups=self.groups if covariance is None else 1,
+            within=self._in_groups(inner, least),
         )
         if covariance is None:
             return target
         size = channels * taps
         cross = self.joint / self.count - mean_y[:, None] * mean.flatten()
         return target.anchored(cross - weight.flatten(1) @ covariance[:size], variance, ridge)
+
+    def _in_groups(self, mean: Tensor, least: float) -> Tensor | None:
+        """The covariance within each group, (G, C / G, T, C / G, T)."""
+        if self.within is None:
+            return None
+        flat = mean.reshape(self.groups, -1)
+        found = self.within / self.count - flat[:, :, None] * flat[:, None]
+        found.diagonal(dim1=1, dim2=2).add_(least)
+        each = len(mean) // self.groups
+        return found.view(self.groups, each, mean.shape[1], each, mean.shape[1])
 
 
 def scale_of(norm: nn.BatchNorm2d | None, outputs: int) -> Tensor:

@@ -11,7 +11,8 @@ no output bias: the projections' biases give the constant, through the border ch
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,14 @@ from convrewrite.sites import ConvSpec, Place
 SWEEPS = 4
 STEPS = 12
 """Conjugate gradient steps for P in each sweep."""
+RIDGE = 1e-10
+"""Variance that every number of a patch is given on top, relative to the mean: so much the kernel counts where the
+images show nothing, as in a channel that is constant on them. Factors could be anything there, and large."""
+WEAKEST = 1e-5
+"""Of the largest: singular values that are far below it are left out, not divided by."""
+LARGEST = 100.0
+"""Mean square of what a projection gives, in units of its variance at the start: beside one that gives more, as from a
+channel that hardly varies, the ridge of the least squares would be all that counts for the others."""
 
 
 @dataclass
@@ -61,18 +70,46 @@ def fit(block: nn.Module, spec: ConvSpec, target: Target) -> float:
     assert isinstance(block, ACmix)
     rows = _groups(block)  # (d, N)
     rank = min(block.options.kernel_conv**2, 3 * block.options.heads, target.channels)
-    factors = _start(target, rows, rank)
-    for _ in range(SWEEPS if target.covariance is not None else 0):
+    tried = [(_error(f, target, rows), f) for f in _solved(_ridged(target), rows, rank)]
+    error, factors = min(tried, key=lambda found: found[0] if math.isfinite(found[0]) else math.inf)
+    _write(block, spec, factors, target.window)
+    return error
+
+
+def _solved(target: Target, rows: Tensor, rank: int) -> list[_Factors]:
+    """The best factors last, unless the images tell too little: then one before; first the block that gives 0."""
+    first = _start(target, rows, rank)
+    nothing = _Factors(torch.zeros_like(first.mix), torch.zeros_like(first.project))
+    if target.covariance is None:
+        return [nothing, first]
+    factors = _Factors(first.mix.clone(), first.project.clone())
+    for _ in range(SWEEPS):
         _solve_mix(factors, target, rows)
         _solve_project(factors, target, rows)
-    if target.covariance is not None:
-        _solve_mix(factors, target, rows)
+    _solve_mix(factors, target, rows)
+    return [nothing, first, factors]
+
+
+def _error(factors: _Factors, target: Target, rows: Tensor) -> float:
+    """The NMSE of what the factors give."""
     maps = factors.maps()
     kernel, border = torch.zeros_like(target.weight), target.weight.new_zeros(len(target.weight), target.taps)
     kernel[rows.flatten()] = maps[:, :, :-1].flatten(0, 1)
     border[rows.flatten()] = maps[:, :, -1].flatten(0, 1)
-    _write(block, spec, factors, target.window)
     return target.nmse(kernel, torch.zeros_like(target.bias), border)
+
+
+def _ridged(target: Target) -> Target:
+    """The target with `RIDGE` in its second moments, all of them; the prior, which needs none, as it is."""
+    if not target.images:
+        return target
+
+    def ridged(matrix: Tensor) -> Tensor:
+        level = float(matrix.diagonal().mean())
+        return matrix + RIDGE * (level or 1.0) * torch.eye(len(matrix), dtype=matrix.dtype)
+
+    whole = None if target.covariance is None else ridged(target.covariance)
+    return replace(target, channel=ridged(target.channel), spatial=ridged(target.spatial), covariance=whole)
 
 
 def _groups(block: ACmix) -> Tensor:
@@ -92,7 +129,8 @@ def _start(target: Target, rows: Tensor, rank: int) -> _Factors:
     count = min(rank, vectors.shape[-1])
     levels, vectors = levels[:, -count:].flip(1), vectors[:, :, -count:].flip(2)
     strength = levels.clamp(min=0).sqrt()[:, :, None]
-    project = vectors.transpose(1, 2) @ work / strength.clamp(min=1e-12 * float(strength.max()) + 1e-300)
+    weak = (WEAKEST * strength.amax(1, keepdim=True)).square()
+    project = vectors.transpose(1, 2) @ work * (strength / (strength.square() + weak).clamp(min=1e-300))
     mix = (vectors * strength.transpose(1, 2)).view(len(rows), -1, target.taps, count).permute(0, 1, 3, 2)
     mix = mix @ torch.linalg.inv(half) / target.scale[rows][:, :, None, None].clamp(min=1e-12)
     centre = (project @ target.mean[:-1]).mean(2, keepdim=True)  # (d, r, 1), what a projection gives on average
@@ -122,6 +160,7 @@ def _moments(target: Target) -> tuple[Tensor, Tensor]:
 def _solve_mix(factors: _Factors, target: Target, rows: Tensor) -> None:
     """A by least squares for the P that stands, group by group."""
     about, joint = _moments(target)
+    _tamed(factors, about)
     outer, taps = about.flatten(1), target.taps
     for start in range(0, len(rows), 16):
         project = factors.project[start : start + 16]  # (g, r, C')
@@ -131,6 +170,14 @@ def _solve_mix(factors: _Factors, target: Target, rows: Tensor) -> None:
         right = torch.einsum("gncu,gjc->gjun", joint[rows[start : start + 16]], project).flatten(1, 2)
         mix = solve(system, right)  # (g, r*T, N)
         factors.mix[start : start + 16] = mix.view(groups, rank, taps, -1).permute(0, 3, 1, 2)
+
+
+def _tamed(factors: _Factors, about: Tensor) -> None:
+    """Move the size of projections that give more than `LARGEST` to their mix; the kernel stays."""
+    inner = about.diagonal(dim1=1, dim2=3).mean(2)  # (C', C')
+    square = torch.einsum("gjc,cd,gjd->gj", factors.project, inner, factors.project)
+    size = (square / LARGEST).clamp(min=1).sqrt()[:, :, None]
+    factors.project, factors.mix = factors.project / size, factors.mix * size[:, None]
 
 
 def _solve_project(factors: _Factors, target: Target, rows: Tensor) -> None:

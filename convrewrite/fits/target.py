@@ -8,6 +8,7 @@ zero padding, since that is what a bias in front of a padded convolution multipl
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,6 +20,12 @@ CORRELATION = 0.8
 
 RIDGE = 1e-6
 """Added to the diagonal of every normal equation, relative to its mean."""
+
+ROUNDING = 1e-14
+"""Of a mean square: what is left of a variance in float64 where there is none, with room to spare."""
+
+LEAST_SPREAD = 1e-12
+"""Of an output's mean square: a smaller variance counts as this much, as an error by a variance of 0 says nothing."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,9 @@ class Target:
         channel: (C, C) and spatial: (T, T), the covariance's marginals: its mean over taps, and over channels
             (that one with mean diagonal 1), so that their Kronecker product approximates it.
         covariance: ((C + 1) T, (C + 1) T), or None where it would not fit into memory or nothing was measured.
+        groups: of the convolution, if `covariance` is None; `weight` is then 0 between them, and so are all kernels
+            that come close to it. within: (groups, C / groups, T, C / groups, T), the covariance in each group, where
+            it was measured; else that of the marginals.
         mean_out: (O,), of the original's output.
         scale: (O,), by what each output channel is multiplied next (of a batch norm |gamma| / sqrt(var + eps)).
         power: sum over channels of scale^2 times the variance of the original's output.
@@ -110,6 +120,8 @@ class Target:
     floor: float = 0.0
     rest: Tensor | None = None
     images: bool = True
+    groups: int = 1
+    within: Tensor | None = None
 
     @property
     def channels(self) -> int:
@@ -123,16 +135,43 @@ class Target:
     @property
     def unexplained(self) -> float:
         """The part of every NMSE that no convolution of these patches takes away."""
-        return self.floor / max(self.power, torch.finfo(torch.float64).tiny)
+        return self.floor / self._unit
+
+    @property
+    def _unit(self) -> float:
+        """What errors are divided by: `power`, or its least value where the output hardly varies."""
+        steady = LEAST_SPREAD * float((self.mean_out * self.scale).square().sum())
+        return max(self.power, steady, torch.finfo(torch.float64).tiny)
 
     def times(self, maps: Tensor) -> Tensor:
-        """maps (R, C or C + 1, T) . covariance -> the same shape; the border channel needs a full covariance."""
+        """maps (R, C or C + 1, T) . covariance -> the same shape; the border channel needs a full covariance.
+
+        With groups only the covariance in each is taken.
+        """
         rows, channels, taps = maps.shape
         if self.covariance is not None:
             part = self.covariance[: channels * taps, : channels * taps]
             return (maps.flatten(1) @ part).view(rows, channels, taps)
         assert channels == self.channels
-        return torch.einsum("rct,cd->rdt", maps, self.channel) @ self.spatial
+        if self.within is not None:
+            parts = maps.view(rows, self.groups, -1, taps)
+            return torch.einsum("rgct,gctdu->rgdu", parts, self.within).reshape(maps.shape)
+        return self.across(maps) @ self.spatial
+
+    def across(self, maps: Tensor) -> Tensor:
+        """maps (R, C, T) . `channel`, of each group by itself -> the same shape."""
+        parts = maps.view(len(maps), self.groups, -1, maps.shape[2])
+        return torch.einsum("rgct,gcd->rgdt", parts, diagonal_blocks(self.channel, self.groups)).reshape(maps.shape)
+
+    def in_groups(self, groups: int) -> Tensor:
+        """The covariance in each of so many groups: (G, C / G, T, C / G, T)."""
+        if self.covariance is not None:
+            size, each = self.channels * self.taps, self.channels // groups
+            blocks = diagonal_blocks(self.covariance[:size, :size], groups)
+            return blocks.view(groups, each, self.taps, each, self.taps)
+        if self.within is not None:
+            return self.within
+        return torch.einsum("gcd,uv->gcudv", diagonal_blocks(self.channel, groups), self.spatial)
 
     def best_bias(self, weight: Tensor) -> Tensor:
         """The bias (O,) that goes with `weight` (O, C, T): output means are then the original's."""
@@ -156,11 +195,16 @@ class Target:
         if border is not None and self.covariance is None:
             shift = shift - border.sum(1)
         error = ((variance + shift.square()) * self.scale.square()).sum()
-        return (float(error) + self.floor) / max(self.power, torch.finfo(torch.float64).tiny)
+        return (float(error) + self.floor) / self._unit
 
     def _constant(self) -> Tensor:
         """What is added to ``weight . patch`` to have the original's mean."""
         return self.mean_out - (self.weight * self.mean[: self.channels]).sum((1, 2))
+
+    @cached_property
+    def joint(self) -> Tensor:
+        """`times` of `weight`: the covariance of outputs and patches, (O, C, T)."""
+        return self.times(self.weight)
 
     def seen_through(self, patterns: Tensor, *, centred: bool) -> tuple[Tensor, Tensor]:
         """Normal equations of kernels ``sum_h mix[o, c, h] patterns[h, u]``.
@@ -177,7 +221,7 @@ class Target:
             system = torch.einsum("hu,cudk->chdk", patterns, part @ patterns.t())
         else:
             system = torch.einsum("cd,hk->chdk", self.channel, patterns @ self.spatial @ patterns.t())
-        joint = self.times(self.weight) @ patterns.t()
+        joint = self.joint @ patterns.t()
         if not centred:
             mean = self.mean[:-1] @ patterns.t()  # (C, M)
             system = system + mean[:, :, None, None] * mean
@@ -236,6 +280,7 @@ def prior(weight: Tensor, bias: Tensor | None, spec: ConvSpec, window: Window | 
         power=_energy(full, apart),
         floor=_energy(window.misses(full), apart),
         images=False,
+        groups=spec.groups,
     )
 
 
@@ -247,6 +292,12 @@ def _energy(weight: Tensor, spatial: Tensor) -> float:
 def _decay(size: int) -> Tensor:
     place = torch.arange(size, dtype=torch.float64)
     return CORRELATION ** (place[:, None] - place).abs()
+
+
+def diagonal_blocks(matrix: Tensor, count: int) -> Tensor:
+    """(n count, n count) -> (count, n, n)."""
+    each = len(matrix) // count
+    return matrix.view(count, each, count, each).diagonal(dim1=0, dim2=2).movedim(-1, 0)
 
 
 def dense_weight(weight: Tensor, groups: int) -> Tensor:
@@ -262,9 +313,15 @@ def dense_weight(weight: Tensor, groups: int) -> Tensor:
 
 
 def solve(matrix: Tensor, right: Tensor, ridge: float = RIDGE) -> Tensor:
-    """(matrix + ridge mean-diagonal I)^-1 right, for symmetric positive matrices (..., n, n); 0 where they are 0."""
+    """(matrix + ridge mean-diagonal I)^-1 right, for symmetric positive matrices (..., n, n); 0 where they are 0.
+
+    Raises:
+        ValueError: the matrix is not finite, so that no ridge would make it positive.
+    """
     level = matrix.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-300)[..., None]
     system = matrix / level[..., None]
+    if not bool(torch.isfinite(system).all()):
+        raise ValueError("the matrix of a normal equation is not finite")
     while True:
         damped = system + ridge * torch.eye(matrix.shape[-1], dtype=matrix.dtype)
         factor, info = torch.linalg.cholesky_ex(damped)

@@ -41,7 +41,8 @@ def _swept(target: Target, base: Tensor, free: Tensor, groups: int, *, centred: 
     """The error that patterns leave which are improved by turns with their mix, and those patterns."""
     patterns = _positive(base, free)
     mix = best_mix(target, patterns, groups, centred=centred)
-    for _ in range(SWEEPS if target.covariance is not None else 0):
+    measured = target.covariance is not None or target.within is not None
+    for _ in range(SWEEPS if measured else 0):
         patterns = _positive(base, _improved(target, mix, patterns, centred=centred)[1:])
         mix = best_mix(target, patterns, groups, centred=centred)
     kernel = spread_groups(mix, groups) @ patterns
@@ -75,16 +76,27 @@ def fewest_heads(error: Callable[[int], float], most: int, limit: float) -> int:
 
 def best_mix(target: Target, patterns: Tensor, groups: int, *, centred: bool) -> Tensor:
     """The mix (O, C / groups, M) of least error for `patterns` (M, T), by least squares."""
-    system, joint = target.seen_through(patterns, centred=centred)
-    outputs, channels, heads = joint.shape
     if groups == 1:
+        system, joint = target.seen_through(patterns, centred=centred)
+        channels, heads = joint.shape[1:]
         flat = solve(system.reshape(channels * heads, -1), joint.flatten(1).t())
         return flat.t().reshape(joint.shape)
-    each, index = channels // groups, torch.arange(groups)
-    system = system.view(groups, each, heads, groups, each, heads)[index, :, :, index].flatten(3).flatten(1, 2)
-    own = joint.view(groups, outputs // groups, groups, each, heads)[index, :, index]  # (G, O/G, C/G, M)
-    mix = solve(system, own.flatten(2).transpose(1, 2)).transpose(1, 2)
-    return mix.reshape(outputs, each, heads)
+    own = _own(target.joint, groups) @ patterns.t()  # (G, O/G, C/G, M)
+    each, heads = own.shape[2:]
+    system = torch.einsum("hu,gcudv,kv->gchdk", patterns, target.in_groups(groups), patterns)
+    if not centred:
+        mean = (target.mean[:-1] @ patterns.t()).view(groups, each, heads)
+        system = system + torch.einsum("gch,gdk->gchdk", mean, mean)
+        own = own + target.mean_out.view(groups, -1, 1, 1) * mean[:, None]
+    mix = solve(system.flatten(3).flatten(1, 2), own.flatten(2).transpose(1, 2)).transpose(1, 2)
+    return mix.reshape(len(target.weight), each, heads)
+
+
+def _own(maps: Tensor, groups: int) -> Tensor:
+    """Of maps (O, C, T) those within the groups: (G, O / G, C / G, T)."""
+    outputs, channels, taps = maps.shape
+    index = torch.arange(groups)
+    return maps.view(groups, outputs // groups, groups, channels // groups, taps)[index, :, index]
 
 
 def spread_groups(mix: Tensor, groups: int) -> Tensor:
@@ -104,7 +116,7 @@ def _spatial_basis(target: Target, count: int, *, ones: bool) -> Tensor:
     root = levels.clamp(min=1e-9 * float(levels.max())).sqrt()
     half, inverse = (vectors * root) @ vectors.t(), (vectors / root) @ vectors.t()
     weight = target.weight * target.scale[:, None, None]
-    rows = torch.einsum("oct,cd->odt", weight, target.channel).flatten(0, 1)
+    rows = target.across(weight).flatten(0, 1)
     gram = half @ (weight.flatten(0, 1).t() @ rows) @ half
     if ones:
         even = half.sum(1) / half.sum(1).norm()
@@ -133,23 +145,19 @@ def _single(free: Tensor) -> Tensor:
 
 
 def _improved(target: Target, mix: Tensor, patterns: Tensor, *, centred: bool) -> Tensor:
-    """Least-squares patterns for a given dense `mix` (O, C or C / groups, M), the first of `patterns` held: (M, T)."""
-    groups = target.channels // mix.shape[1]
-    mix = spread_groups(mix, groups)
-    assert target.covariance is not None
-    size, taps = target.channels * target.taps, target.taps
-    part = target.covariance[:size, :size]
+    """Least-squares patterns for a given `mix` (O, C / groups, M), the first of `patterns` held: (M, T)."""
+    (outputs, each, heads), taps = mix.shape, target.taps
+    groups = target.channels // each
+    part, joint = target.in_groups(groups), _own(target.joint, groups)
     if not centred:
-        mean = target.mean[:-1].flatten()
-        part = part + mean[:, None] * mean
-    heads = mix.shape[2]
-    weighed = mix * target.scale.square()[:, None, None]
-    across = torch.einsum("och,odk->chdk", weighed, mix)  # (C, M, C, M)
-    system = torch.einsum("chdk,cudv->hukv", across, part.view(-1, taps, target.channels, taps))
-    joint = target.weight.flatten(1) @ target.covariance[:size, :size]
-    if not centred:
-        joint = joint + target.mean_out[:, None] * mean
-    right = torch.einsum("och,ocu->hu", weighed, joint.view(-1, target.channels, taps))
+        mean = target.mean[:-1].view(groups, each, taps)
+        part = part + torch.einsum("gcu,gdv->gcudv", mean, mean)
+        joint = joint + target.mean_out.view(groups, -1, 1, 1) * mean[:, None]
+    own = mix.view(groups, outputs // groups, each, heads)
+    weighed = own * target.scale.square().view(groups, -1, 1, 1)
+    across = torch.einsum("goch,godk->gchdk", weighed, own)
+    system = torch.einsum("gchdk,gcudv->hukv", across, part)
+    right = torch.einsum("goch,gocu->hu", weighed, joint)
     right = right - torch.einsum("huv,v->hu", system[:, :, 0], patterns[0])
     inner = system[1:, :, 1:].reshape((heads - 1) * taps, -1)
     free = solve(inner, right[1:].reshape(-1, 1)).view(heads - 1, taps)

@@ -16,6 +16,7 @@ from convrewrite.bench import recovery
 from convrewrite.bench.fits import small_resnet
 from convrewrite.bench.recovery import read, runs, study
 from convrewrite.bench.recovery_report import (
+    conclusion,
     markdown,
     median_step,
     noise_of,
@@ -185,6 +186,19 @@ def test_a_tenth_is_of_random_attention_s_steps_or_of_all_if_it_did_not_arrive(
     assert found.tenth == held
     assert (found.alone, found.original, found.trained) == (5, 0.9, 0.9)
     assert f"| {'yes' if held else 'no'} | 5 | " in verdict_table(rows, 100)
+
+
+def test_the_conclusion_counts_blocks_by_the_best_of_their_starts() -> None:
+    def row(block: str, condition: str, first: float, end: float) -> dict[str, Any]:
+        return {"block": block, "condition": condition, "seed": 0, "points": [[0, first], [10, end]], "alone": 0}
+
+    rows = [row("", "original", 0.9, 0.9), *(row(block, "random", 0.1, 0.5) for block in ("good", "near", "poor"))]
+    rows += [row("good", "exact", 0.5, 0.6), row("good", "fitted", 0.9, 0.9), row("near", "exact", 0.89, 0.88)]
+    rows.append(row("poor", "exact", 0.9, 0.86))  # the noise is 3 points
+    first, second = conclusion(rows, 100).split("\n\n")
+    assert first.endswith("2 of 3 blocks, `good`, `near`. Not: `poor`.")
+    assert "above the original: 1 of 3 blocks, `good`. Below by less than the noise: `near`." in second
+    assert second.endswith("Below by more: `poor`.")
 
 
 def test_convrewrite_s_recipe_is_the_defaults_and_random_attention_sees_labels_alone() -> None:

@@ -164,10 +164,15 @@ def loop_mhsa(state: State, x: Tensor, spec: ConvSpec, *, heads: int, scale_posi
 
 
 def loop_gpsa(state: State, x: Tensor, spec: ConvSpec) -> Tensor:
-    """GPSA with one head for each tap, from ConViT's equations, zeros as keys all over the convolution's padding."""
+    """GPSA with one head for each tap, from ConViT's equations, zeros as keys all over the convolution's padding.
+
+    And one more where the state has a `background`.
+    """
     weight = state["weight"]
-    heads = weight.shape[2] * weight.shape[3]
     values = weight.flatten(2)  # (C_out, C_in, N)
+    if "background" in state:
+        values = torch.cat([values, state["background"].unsqueeze(2)], 2)
+    heads = values.shape[2]
     to_q, to_k = state["qk.weight"].flatten(1).chunk(2)
     dim = to_q.shape[0] // heads
     batch, _, map_height, map_width = x.shape

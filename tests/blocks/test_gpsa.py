@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from convrewrite.blocks import gpsa
 from convrewrite.blocks.base import conv_spec
+from convrewrite.blocks.folding import Affine
 from convrewrite.blocks.gpsa import GPSA, GPSAOptions
 from convrewrite.errors import ConvrewriteError
 from convrewrite.sites import ConvSpec, Place
@@ -64,9 +65,17 @@ PLACES = {
 @pytest.mark.parametrize("name", PLACES)
 def test_equals_the_equation_pixel_by_pixel(name: str, dense: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpsa, "DENSE_PER_CHANNEL", dense)
-    where = PLACES[name]
+    check_equation(PLACES[name], background=False)
+
+
+@pytest.mark.parametrize("name", ["bias, batch of 2", "even size, stride 2 and 1", "even kernel", "1 x 1"])
+def test_equals_the_equation_with_a_background_too(name: str) -> None:
+    check_equation(PLACES[name], background=True)
+
+
+def check_equation(where: Place, *, background: bool) -> None:
     assert where.conv is not None
-    block = build(where)
+    block = build(where, background=background)
     x = torch.randn(where.in_shape, dtype=torch.float64)
     want = loop_gpsa(dict(block.state_dict()), x, where.conv)
     assert tuple(want.shape) == where.out_shape
@@ -87,10 +96,10 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def holding(conv: nn.Conv2d, size: tuple[int, int]) -> GPSA:
+def holding(conv: nn.Conv2d, size: tuple[int, int], **options: Any) -> GPSA:
     spec = conv_spec(conv)
     where = Place((2, spec.in_channels, *size), (2, spec.out_channels, *spec.out_size(*size)), spec)
-    block = GPSA(where, GPSAOptions()).to(conv.weight.dtype)
+    block = GPSA(where, GPSAOptions(**options)).to(conv.weight.dtype)
     block.load_conv(conv)
     return block
 
@@ -112,6 +121,46 @@ def test_is_the_convolution_at_sizes_other_than_the_planned() -> None:
     for size in ((1, 1), (2, 30), (17, 8)):
         x = torch.randn(1, 4, *size, dtype=torch.float64)
         torch.testing.assert_close(block(x), conv(x), **EXACT[x.dtype])
+
+
+BACKGROUND_PARTS = ("background", "weight", "gate", "qk.weight")
+
+
+def test_with_a_background_every_part_matters_and_the_convolution_can_be_read_back() -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, padding=1, stride=2).double()
+    x = torch.randn(2, 4, 7, 8, dtype=torch.float64)
+    block = holding(conv, (7, 8), background=True)
+    torch.testing.assert_close(block(x), conv(x), **EXACT[x.dtype])
+    plain = block.plain()
+    assert plain is not None
+    torch.testing.assert_close(plain.weight, conv.weight, rtol=1e-15, atol=0, check_stride=False)
+    assert torch.equal(plain.bias, conv.bias)  # type: ignore[arg-type]
+    for part in BACKGROUND_PARTS:
+        block = holding(conv, (7, 8), background=True)
+        with torch.no_grad():
+            block.get_parameter(part).flatten()[0] += 0.1
+        assert not torch.allclose(block(x), conv(x), **EXACT[x.dtype]), part
+        assert block.plain() is None, part
+
+
+def test_what_follows_is_folded_into_a_block_with_a_background_too() -> None:
+    torch.manual_seed(0)
+    block, norm = build(place(3, 4, (4, 5), bias=True), background=True), nn.BatchNorm2d(4).double()
+    for values in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        nn.init.uniform_(values, 0.5, 2.0)  # type: ignore[arg-type]
+    folded = block.folded(Affine.of_norm(norm.eval()))
+    assert folded is not None
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    torch.testing.assert_close(folded(x), norm(block(x)), **TOLERANCE[x.dtype])
+
+
+def test_a_fresh_background_sees_content_alone_and_is_as_large_as_the_others() -> None:
+    block = GPSA(place(64, 64, (5, 5)), GPSAOptions(background=True))
+    assert block.gate.tolist() == pytest.approx([1 - 0.7310586] * 9 + [1.0])
+    assert block.position[9].tolist() == [0.0, 0.0, -1.0]
+    assert block.background is not None
+    assert block.background.std().item() == pytest.approx(block.weight.std().item(), rel=0.05)
 
 
 @pytest.mark.parametrize("part", ["weight", "position", "gate", "bias"])
@@ -162,8 +211,10 @@ def test_a_fresh_block_looks_around_its_taps_with_the_paper_s_share_of_content()
     assert block.gate.tolist() == pytest.approx([1 - 0.7310586] * 9)
 
 
-def test_gradients_are_those_of_finite_differences() -> None:
-    block = build(place(2, 2, (3, 2), kernel=2, padding=(1, 0, 0, 1), stride=(1, 2), bias=True))
+@pytest.mark.parametrize("more", [False, True])
+def test_gradients_are_those_of_finite_differences(more: bool) -> None:
+    where = place(2, 2, (3, 2), kernel=2, padding=(1, 0, 0, 1), stride=(1, 2), bias=True)
+    block = build(where, background=more)
     names, parameters = zip(*block.named_parameters(), strict=True)
     x = torch.randn(1, 2, 3, 2, dtype=torch.float64, requires_grad=True)
 
@@ -195,12 +246,17 @@ def test_parameters_are_those_of_the_formula() -> None:
     assert block.key_dim == 56  # 512 over 9 taps, down to a multiple of 8
     want = 9 * 256 * 512 + 2 * 9 * 56 * 256 + 4 * 9
     assert sum(p.numel() for p in block.parameters()) == GPSA.cost(where, GPSAOptions()).params == want
+    with_background = GPSAOptions(background=True)
+    want = 10 * 256 * 512 + 2 * 10 * 56 * 256 + 4 * 10
+    assert sum(p.numel() for p in GPSA(where, with_background).parameters()) == want
+    assert GPSA.cost(where, with_background).params == want
 
 
 def test_flops_are_those_of_matrix_products() -> None:
     where = place(6, 8, (5, 7), batch=2, stride=(2, 2))  # 3 x 4 out
     per_head = 12 * 6 * 8 + (12 + 35) * 6 * 8 + 12 * 35 * 8 + 12 * 35 * 6 + 3 * 5 * 7 * 6 + 3 * 4 * 7 * 6
     assert GPSA.cost(where, GPSAOptions()).flops == 2 * 2 * 9 * per_head
+    assert GPSA.cost(where, GPSAOptions(background=True)).flops == 2 * 2 * 10 * per_head
 
 
 COSTED = {
@@ -211,9 +267,10 @@ COSTED = {
 }
 
 
+@pytest.mark.parametrize("more", [False, True])
 @pytest.mark.parametrize("name", COSTED)
-def test_activation_bytes_are_those_measured(name: str) -> None:
-    where, options = COSTED[name], GPSAOptions()
+def test_activation_bytes_are_those_measured(name: str, more: bool) -> None:
+    where, options = COSTED[name], GPSAOptions(background=more)
     infer, train = measured_bytes(GPSA(where, options), torch.randn(where.in_shape))
     cost = GPSA.cost(where, options)
     assert cost.act_infer == pytest.approx(infer, rel=0.2)

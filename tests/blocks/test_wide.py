@@ -150,6 +150,7 @@ HOLDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "sasa_wide in a larger window": ("sasa_wide", {"window": 9, "locality": 0.3}),
     "outlook_wide": ("outlook_wide", {}),
     "gpsa": ("gpsa", {}),
+    "gpsa with a background": ("gpsa", {"background": True}),
 }
 HELD = [
     pytest.param(
@@ -269,24 +270,50 @@ def test_patterns_that_are_alike_are_found_out() -> None:
         solve_mix(torch.randn(1, 1, 2), torch.full((2, 2), 0.5))
 
 
-LOGITS = {"sasa_wide": ("offset_bias", "query.weight"), "outlook_wide": ("attn.bias", "attn.weight")}
+LOGITS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "sasa_wide": (("offset_bias", "query.weight"), {}),
+    "outlook_wide": (("attn.bias", "attn.weight"), {}),
+    "gpsa": (("qk.weight",), {"background": True}),  # not its positions, see below
+}
+GROUPED = [(3, 1), (3, 16), (5, 16)]
+LEARNING = [(name, kernel, groups) for name, (kernel, groups) in product(LOGITS, GROUPED) if name != "gpsa"]
 
 
-@pytest.mark.parametrize("name", LOGITS)
-@pytest.mark.parametrize(("kernel", "groups"), [(3, 1), (3, 16), (5, 16)])
-def test_a_held_convolution_learns_its_attention_as_fast_as_a_fresh_block(name: str, kernel: int, groups: int) -> None:
-    """Gradients of the logits' parameters are within a factor of 10 of those at a fresh start."""
+def gradients(name: str, kernel: int, groups: int, options: dict[str, Any]) -> list[dict[str, Tensor]]:
+    """At step 0, by parameter: of a block that holds a convolution, and of a fresh one like it."""
     torch.manual_seed(0)
     conv = nn.Conv2d(16, 16, kernel, padding=kernel // 2, groups=groups)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's networks
-    held = holding(name, conv, (8, 8))
+    held = holding(name, conv, (8, 8), **options)
     fresh = type(held)(where_stands(conv, (8, 8)), held.options)
     x, towards = torch.randn(4, 16, 8, 8), torch.randn(4, 16, 8, 8)
     for block in (held, fresh):
         (block(x) * towards).mean().backward()
-    for part in LOGITS[name]:
-        ratio = float(held.get_parameter(part).grad.norm() / fresh.get_parameter(part).grad.norm())
+    return [{part: p.grad for part, p in block.named_parameters() if p.grad is not None} for block in (held, fresh)]
+
+
+@pytest.mark.parametrize(("name", "kernel", "groups"), [*LEARNING, ("gpsa", 3, 1), ("gpsa", 5, 1), ("gpsa", 7, 1)])
+def test_a_held_convolution_learns_its_attention_as_fast_as_a_fresh_block(name: str, kernel: int, groups: int) -> None:
+    """Gradients of the logits' parameters are within a factor of 10 of those at a fresh start."""
+    parts, options = LOGITS[name]
+    held, fresh = gradients(name, kernel, groups, options)
+    for part in parts:
+        ratio = float(held[part].norm() / fresh[part].norm())
         assert 0.1 <= ratio <= 10, (part, ratio)
+    if name == "gpsa":  # the keys learn once the queries do, as in sasa_wide
+        queries = (kernel**2 + 1) * 8
+        ratio = float(held["qk.weight"][:queries].norm() / fresh["qk.weight"][:queries].norm())
+        assert 0.1 <= ratio <= 10, ratio
+        assert not held["qk.weight"][queries:].any()
+
+
+def test_gpsa_without_a_background_learns_no_content_at_first_and_no_positions_with_one() -> None:
+    """What the others' criterion leaves out, so that it is known: only the gate is alive, then the queries as well."""
+    for background in (False, True):
+        held, fresh = gradients("gpsa", 3, 1, {"background": background})
+        assert bool(held["qk.weight"].any()) == background
+        assert float(held["position"].norm() / fresh["position"].norm()) < 1e-9
+        assert float(held["gate"][:9].norm() / fresh["gate"][:9].norm()) >= 0.1
 
 
 def test_heads_start_softly_on_their_taps() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from convrewrite.calibration.moments import Sums, draw, patches
 from convrewrite.errors import ConvrewriteError
 from convrewrite.fits.base import FITS, can_fit, fit_of, refuse_fit
 from convrewrite.fits.target import CORRELATION, Target, Window, prior
-from convrewrite.fits.wide import best_mix
+from convrewrite.fits.wide import best_mix, best_patterns, spread_groups
 from convrewrite.sites import Place
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -182,6 +183,32 @@ def test_the_mix_is_the_least_squares_solution_on_explicit_patches(groups: int) 
         best = (wanted - part.flatten(1) @ torch.linalg.lstsq(part.flatten(1), wanted).solution).square().sum()
         got = (wanted - part.flatten(1) @ mix.chunk(groups)[g].flatten(1).t()).square().sum()
         assert float(best) > 0 and float(got) == pytest.approx(float(best), rel=1e-5)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("groups", [2, 8])
+def test_of_a_grouped_convolution_the_moments_within_the_groups_tell_as_much_as_all(groups: int, centred: bool) -> None:
+    """They are what is summed where a full covariance would not fit into memory."""
+    torch.manual_seed(8)
+    conv, images, found = convolution(groups=groups, bias=not centred), smooth(8, 8), []
+    spec, window = conv_spec(conv), Window.of_kernel(conv_spec(conv))
+    y = conv(images).detach().movedim(1, -1).flatten(0, 2)
+    phi = patches(images, spec, window, draw((8, 10, 10), 10**9, torch.Generator()))
+    for full in (True, False):
+        sums = Sums.empty(8, 8, 9, full=full, groups=groups)
+        for part in range(0, len(y), 100):
+            sums.add(phi[part : part + 100], y[part : part + 100])
+        target = sums.target(conv, window, torch.linspace(0.5, 2, 8).double(), 1e-9)
+        assert (target.covariance is None) != full
+        patterns = best_patterns(target, 3, groups, centred=centred)
+        kernel = spread_groups(best_mix(target, patterns, groups, centred=centred), groups) @ patterns
+        bias = target.best_bias(kernel) if centred else torch.zeros(8, dtype=torch.float64)
+        found.append((patterns, kernel, torch.tensor(target.nmse(kernel, bias))))
+    for ours, whole in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, whole, rtol=1e-5, atol=1e-7)
+    assert float(found[0][2]) > 1e-3
+    marginals = replace(target, within=None)
+    assert target.nmse(kernel, bias) != pytest.approx(marginals.nmse(kernel, bias), rel=1e-3)
 
 
 def test_augmented_convolution_keeps_the_other_filters_to_the_bit_and_puts_them_in_place() -> None:
