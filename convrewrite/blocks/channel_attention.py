@@ -84,12 +84,15 @@ class ChannelAttention(Block):
         batch, channels, height, width = place.in_shape
         size = height * width
         alive, kept = attend_elements(channels, channels, size, size)
-        negated = 0 if channels <= size else channels * size  # -x
+        if channels <= size:  # x itself is query, key and value; C x C is never more than what is added and the sum
+            alive, kept = 2 * channels * size, kept - 3 * channels * size
+        else:
+            alive, kept = alive + channels * size, kept - 2 * channels * size  # -x is the query
         return Cost(
             params=1,
             flops=4 * batch * channels**2 * size,
-            act_infer=FLOAT_BYTES * batch * (negated + alive),
-            act_train=FLOAT_BYTES * batch * (kept - 3 * channels * size + negated),  # keys and values are x itself
+            act_infer=FLOAT_BYTES * batch * alive,
+            act_train=FLOAT_BYTES * batch * kept,
         )
 
 
