@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from convrewrite.blocks.base import Block, BlockOptions, register_block
 from convrewrite.blocks.folding import largest
-from convrewrite.blocks.tokens import FLOAT_BYTES, attend, attend_elements, gated, refuse_change
+from convrewrite.blocks.tokens import FLOAT_BYTES, attend, attend_elements, gated, refuse_change, whole_precision
 from convrewrite.sites import Cost, Place
 
 
@@ -74,7 +74,7 @@ class ChannelAttention(Block):
     def attention(self, x: Tensor) -> Tensor:
         """What is added to `x`, before the gate: (B, C, H, W) -> (B, C, H, W)."""
         channels = x.flatten(2).contiguous()  # (B, C, H*W)
-        if x.dtype in (torch.float32, torch.float64) and channels.shape[1] <= channels.shape[2]:
+        if whole_precision(x) and channels.shape[1] <= channels.shape[2]:
             return _gathered(channels).view(x.shape)
         # Not scale=-1: kernels that scale inside the exponential take the maximum before it.
         return attend(-channels, channels, channels).view(x.shape)
@@ -99,24 +99,29 @@ class ChannelAttention(Block):
 def _gathered(x: Tensor) -> Tensor:
     """softmax(-x x^T) x of (B, C, L), C x C held: the minus is taken there, and not of the larger x."""
     if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        result: Tensor = _Gathered.apply(x)
-        return result
+        result: tuple[Tensor, Tensor] = _Gathered.apply(x)
+        return result[0]
     return torch.bmm(torch.bmm(x, x.transpose(1, 2)).neg_().softmax(-1), x)
 
 
 class _Gathered(torch.autograd.Function):
     """`_gathered`, whose backward uses that both factors of the energies are x: one product in place of two."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        weights = torch.bmm(x, x.transpose(1, 2)).neg_().softmax(-1)
-        ctx.save_for_backward(x, weights)
-        return torch.bmm(weights, x)
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        weights = torch.bmm(x, x.transpose(1, 2)).neg_().softmax(-1)
+        return torch.bmm(weights, x), weights
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(inputs[0], output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, to_weights: Tensor) -> Tensor:
         x, weights = ctx.saved_tensors
-        weighted = torch.bmm(grad, x.transpose(1, 2)) * weights
+        weighted = torch.baddbmm(to_weights, grad, x.transpose(1, 2)) * weights  # to_weights: of a second derivative
         to_logits = torch.addcmul(weighted, weights, weighted.sum(-1, keepdim=True), value=-1)
         of_values = torch.bmm(weights.transpose(1, 2), grad)
         return torch.baddbmm(of_values, to_logits + to_logits.transpose(1, 2), x, alpha=-1)

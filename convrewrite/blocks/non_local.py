@@ -21,6 +21,7 @@ from convrewrite.blocks.tokens import (
     refuse_change,
     to_map,
     to_tokens,
+    whole_precision,
 )
 from convrewrite.sites import Cost, Place
 
@@ -158,8 +159,11 @@ class NonLocal(Block):
 
     def _stays_map(self, x: Tensor) -> bool:
         """Whether attention runs on maps as they are: small ones in float32 or float64, channels first."""
-        plain = x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
-        return plain and x.is_contiguous() and _small(self.options, x.shape[2] * x.shape[3], self.g.out_channels)
+        return (
+            whole_precision(x)
+            and x.is_contiguous()
+            and _small(self.options, x.shape[2] * x.shape[3], self.g.out_channels)
+        )
 
     def _embedded_gaussian(self, x: Tensor) -> Tensor:
         if self._stays_map(x):

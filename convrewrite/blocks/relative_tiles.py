@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from convrewrite.kernels import again
 
 TILE_ELEMENTS = 2**20
 """Logits of one tile: 4 MiB in float32, in a processor's last-level cache. A tile has at least one row of queries."""
@@ -63,9 +65,11 @@ class _Tiled(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, rows, columns, y, norms = ctx.saved_tensors
+        inputs = q, k, v, rows, columns
+        if again.is_wanted(grad, inputs):
+            return *again.by_autograd(partial(_whole, scale=ctx.scale), inputs, grad), None
         to_q, to_k, to_v, to_rows, to_columns = (torch.zeros_like(t) for t in (q, k, v, rows, columns))
         # The gradient of a logit is weight (grad . v_j - grad . y): one product, with a 1 below every v.
         ends = torch.cat([grad, (grad * y).sum(-1, keepdim=True).neg_()], -1)
@@ -87,6 +91,14 @@ class _Tiled(torch.autograd.Function):
             to_part = to_part.reshape_as(queries).baddbmm_(to_logits, k[heads].transpose(1, 2), alpha=ctx.scale)
             to_q[heads, lines] = to_part.view_as(part)
         return to_q, to_k, to_v, to_rows, to_columns, None
+
+
+def _whole(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor, scale: float) -> Tensor:
+    """What the tiles compute, from all logits at once: memory does not matter where a second derivative is wanted."""
+    by_row = q @ rows.transpose(1, 2)  # (B, H, W, H)
+    by_column = (q.transpose(1, 2) @ columns.transpose(1, 2)).transpose(1, 2)  # (B, H, W, W)
+    logits = scale * (q.flatten(1, 2) @ k) + (by_row[..., None] + by_column[..., None, :]).flatten(3).flatten(1, 2)
+    return (logits.softmax(-1) @ v.transpose(1, 2)).view(*q.shape[:3], v.shape[1])
 
 
 def _logits(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convrewrite.blocks.base import float32
+from convrewrite.kernels import again
 from convrewrite.sites import Place
 
 FLOAT_BYTES = 4
@@ -41,6 +42,14 @@ def pointwise(conv: nn.Conv2d, tokens: Tensor) -> Tensor:
     return F.linear(tokens, conv.weight.flatten(1), conv.bias)
 
 
+def whole_precision(x: Tensor) -> bool:
+    """Whether products of `x` are computed in float32 or float64: not under autocast, which rounds them.
+
+    What is not may not be squared into logits in the open, only within SDPA, which sums them in float32.
+    """
+    return x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(x.device.type)
+
+
 def holds_logits(keys: int, value_width: int) -> bool:
     """Whether `attend` holds the logits of a float32 or float64 map of so many keys whole."""
     return keys <= SMALL * value_width
@@ -60,9 +69,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
         (B, L, dv). Softmax runs in float32 or wider.
     """
     width = v.shape[-1]
-    if q.dtype in (torch.float32, torch.float64) and holds_logits(k.shape[1], width):
-        return torch.bmm(torch.bmm(q * scale if scale != 1 else q, k.transpose(1, 2)).softmax(-1), v)
-    if q.dtype in (torch.float32, torch.float64) and q.device.type == "cpu" and in_tiles(k.shape[1], k.shape[2], width):
+    whole = whole_precision(q)
+    if whole and holds_logits(k.shape[1], width):
+        return _whole(q * scale if scale != 1 else q, k, v)
+    if whole and q.device.type == "cpu" and in_tiles(k.shape[1], k.shape[2], width):
         result: Tensor = _Tiles.apply(q * scale if scale != 1 else q, k, v)
         return result
     gap = q.shape[-1] - width
@@ -96,6 +106,10 @@ def in_tiles(keys: int, width: int, value_width: int) -> bool:
     return least < keys <= most * value_width and narrow * width <= value_width
 
 
+def _whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v)
+
+
 class _Tiles(torch.autograd.Function):
     """softmax(q k^T) v a few queries at a time, keeping nothing but its arguments."""
 
@@ -108,8 +122,10 @@ class _Tiles(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
+        if again.is_wanted(grad, (q, k, v)):
+            return again.by_autograd(_whole, (q, k, v), grad)
         to_q, to_k, to_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for image, queries in _tiles(q, k):
             weights = torch.mm(q[image, queries], k[image].T).softmax(1)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from convrewrite.kernels import again
 from convrewrite.kernels.geometry import EXCLUDED, Axis, LocalSpec, reflect_index
 from convrewrite.kernels.layouts import empty_output, gap_between, side_by_side
 
@@ -85,6 +86,7 @@ class _Lines(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sums, *tables = ctx.saved_tensors
+        again.refuse_if_wanted("local attention", grad, (q, k, v, *tables))
         plan, spec = _Plan.of(q, k, ctx.spec), ctx.spec
         gap = gap_between(q, k, v)
         to_q, to_k, to_v = side_by_side(q, gap).unbind(0) if gap else (torch.empty_like(t) for t in (q, k, v))

@@ -232,6 +232,34 @@ def test_autocast_is_close_on_the_scale_of_what_the_block_adds(name: str, where:
     assert rounding_error(block, x, got, want, dtype) <= 1
 
 
+@everywhere
+@pytest.mark.parametrize("given", ["float32", "autocast"])
+def test_trains_under_autocast(name: str, where: str, given: str) -> None:
+    """Whatever dtype the layer before left: what a residual sum makes is float32, what a convolution makes is not.
+
+    In eval mode: a batch norm of the batch's own statistics makes rounding large where attention is near uniform.
+    """
+    block, at = build(name, where)
+    awake(block)
+    x = torch.randn(at.in_shape)
+    weight = torch.randn(at.out_shape)
+    want = gradients(block, x, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = gradients(block, x.bfloat16() if given == "autocast" else x, weight)
+    noise = 0.01 * max(gradient.norm() for gradient in want.values())  # some gradients are 0, but for rounding
+    for (what, gradient), expected in zip(got.items(), want.values(), strict=True):
+        assert (gradient - expected).norm() <= 0.1 * expected.norm() + noise, what
+
+
+def gradients(block: Block, x: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    """Of the sum of the output times `weight`; the backward pass runs outside autocast, as PyTorch's loops have it."""
+    x = x.clone().requires_grad_()
+    named = {"x": x, **dict(block.named_parameters())}
+    loss = (block(x).float() * weight).sum()
+    with torch.autocast("cpu", enabled=False):
+        return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+
+
 def test_an_error_of_a_tenth_is_no_rounding() -> None:
     for name, where in USUAL:
         block, at = build(name, where)
@@ -254,6 +282,29 @@ def test_the_gradient_reaches_every_parameter(name: str, where: str) -> None:
         assert parameter.grad.isfinite().all(), parameter_name
         silent = parameter.grad.abs().max() < 1e-12
         assert silent == (parameter_name in type(block).silent), parameter_name
+
+
+@once
+@pytest.mark.parametrize("size", [(6, 5), (12, 10), (26, 24)], ids=str)  # what is held whole, and what goes in tiles
+def test_second_derivatives_are_right_or_refused(name: str, where: str, size: tuple[int, int]) -> None:
+    """As a gradient penalty takes them, against differences of first derivatives."""
+    block, at = build(name, where)
+    awake(block).double()
+    x, step = torch.randn(2, *at.in_shape[:2], *size, dtype=torch.float64)
+
+    def slope(x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(block(x).square().sum(), x)[0]
+
+    x.requires_grad_()
+    try:
+        (first,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad((first * step).sum(), x)
+    except RuntimeError as refused:
+        assert "derivative" in str(refused) or "no autograd formula" in str(refused)
+        return
+    difference = (slope(x + 1e-6 * step) - slope(x - 1e-6 * step)) / 2e-6
+    torch.testing.assert_close(second, difference, rtol=1e-5, atol=1e-6 * float(difference.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -180,3 +180,20 @@ def test_half_precision_keeps_logits_in_float32() -> None:
     x = torch.full(where.in_shape, 10.0, dtype=torch.float16)
     x[:, 1] = -10
     assert torch.equal(block(x), torch.zeros_like(x))
+
+
+def test_attention_in_tiles_has_a_second_derivative() -> None:
+    q, k, v = (torch.randn(1, 530, width, dtype=torch.float64, requires_grad=True) for width in (2, 2, 68))
+    assert in_tiles(530, 2, 68)
+    assert not holds_logits(530, 68)
+
+    def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return (q @ k.transpose(1, 2)).softmax(-1) @ v
+
+    step = torch.randn_like(q)
+    of_both = []
+    for attention in (attend, plain):
+        (first,) = torch.autograd.grad(attention(q, k, v).square().sum(), q, create_graph=True)
+        of_both.append(torch.autograd.grad((first * step).sum(), (q, k, v)))
+    for got, want in zip(*of_both, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
