@@ -406,6 +406,8 @@ def _work(
     check_module(model)
     if start not in (None, "exact", "fitted", "fresh"):
         raise ConvrewriteError(f"unknown start '{start}'", fix="exact, fitted or fresh")
+    if not isinstance(seed, int):
+        raise ConvrewriteError(f"seed {seed!r} is no whole number", fix="give one, such as 0")
     given = rules if isinstance(rules, Plan) else None
     files = () if given is not None else rule_files(rules)
     if given is not None and example is None:

@@ -84,6 +84,8 @@ def make_plan(
         notes.extend(result.notes)
     _check_overrides(draft)
     notes.extend(_left_to_the_fit(e) for e in draft.edits if e.how == FITTED and e.options.get("nmse") is not None)
+    if model._compiled_call_impl is not None:
+        notes.append("the model is compiled in place; the rewritten one is not: call its .compile() again")
     notes.extend(f"{path}: not traced ({why})" for path, why in sorted(graph.captured.opaque.items()))
     return Plan(
         model=name,

@@ -291,6 +291,8 @@ def explain(error: ValidationError, model: type[BaseModel], problems: Problems, 
             what = _MESSAGES[kind].format(shown=show(found["input"]), wording=_wording(path), **context)
             if kind == "literal_error" and isinstance(found["input"], str):
                 fix = closest(found["input"], re.findall(r"'([^']*)'", context["expected"]))
+            elif kind == "missing" and path == ("version",):
+                fix = "add 'version: 1'"
         else:
             what = printable_line(found["msg"])
         problems.add((*prefix, *path), what, fix)

@@ -126,6 +126,19 @@ def test_wrapped_models_are_refused_with_advice(make: object, message: str) -> N
         cr.inspect(make(), example=SHAPE)  # type: ignore[operator]
 
 
+def test_a_model_compiled_in_place_is_rewritten_with_a_note_that_the_copy_is_not() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1))
+    match = {"kernel": 3}
+    rules = {"version": 1, "rules": [{"id": "all", "match": match, "replace": {"block": "sasa_wide"}}]}
+    assert not any("compiled" in note for note in cr.plan(model, rules, example=SHAPE).notes)
+    model.compile(backend="eager")
+    assert any("call its .compile() again" in note for note in cr.plan(model, rules, example=SHAPE).notes)
+    model(torch.randn(SHAPE))
+    assert cr.rewrite(model, rules, example=SHAPE).model._compiled_call_impl is None
+    with pytest.raises(ConvrewriteError, match="seed 'x' is no whole number"):
+        cr.plan(model, rules, example=SHAPE, seed="x")  # type: ignore[arg-type]
+
+
 def test_a_model_for_several_processes_is_refused_with_advice(tmp_path: Path) -> None:
     distributed = torch.distributed
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)

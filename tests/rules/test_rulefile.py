@@ -102,7 +102,7 @@ RULE = "version: 1\nrules:\n  - id: a\n    match: {role: stem}\n    replace: {bl
 
 # (text, lines of the message, each in full)
 BAD = [
-    ("rules: []\n", ["f.yaml:1: version: missing"]),
+    ("rules: []\n", ["f.yaml:1: version: missing; add 'version: 1'"]),
     ("version: 2\n", ["f.yaml:1: version: 2, wanted 1"]),
     ("version: '1'\n", ["f.yaml:1: version: '1', wanted 1"]),
     ("version: true\n", ["f.yaml:1: version: 'True', wanted 1"]),
@@ -345,7 +345,7 @@ def test_a_rule_can_be_written_in_python() -> None:
         (lambda: load_rules([]), "no rules"),
         (lambda: load_rules([3]), "rules are a name, a path, a mapping"),  # type: ignore[list-item]
         (lambda: load_rules({"version": 1}), "no rules"),
-        (lambda: load_rules({}), "rules: version: missing"),
+        (lambda: load_rules({}), "rules: version: missing; add 'version: 1'"),
         (lambda: load_rules({"version": 1, 3: 4}), "the key 3 is not text"),  # type: ignore[dict-item]
         (lambda: load_rules({"version": 1, "vars": {"a": {1}}}), "vars.a: {1} is not plain data"),
         (lambda: load_rules({"version": 1, "vars": {"a": float("nan")}}), "vars.a: nan is not plain data"),
