@@ -61,7 +61,7 @@ def train(purpose: str, folder: str, options: dict[str, Any]) -> None:
     from convrewrite.training.history import measured_in
 
     function = run.finetune if purpose == "finetune" else run.distill
-    trained = function(folder, watch=_Lines(), bar=True, **options)
+    trained = function(folder, watch=_Lines(), bar=True, say=_say, **options)
     last = next(row for row in reversed(trained.history) if "val_loss" in row)
     from accelerate import PartialState
 
@@ -73,6 +73,13 @@ def train(purpose: str, folder: str, options: dict[str, Any]) -> None:
                 f"kept the weights of step {step:.0f}, which measured best; --keep last takes the last", err=True
             )
         click.echo(f"wrote {options['out']}", err=True)
+
+
+def _say(line: str) -> None:
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode():
+        click.echo(line, err=True)
 
 
 class _Lines:

@@ -41,9 +41,14 @@ def measured_in(folder: str) -> dict[str, float]:
 
 def write_csv(history: Sequence[Row], path: Path) -> None:
     """Write the rows, whole or not at all."""
+    write_whole(csv_text(history), path)
+
+
+def write_whole(text: str, path: Path) -> None:
+    """Write a file, whole or not at all."""
     temporary = path.with_name(f".{path.name}.saving-{os.getpid()}")
     try:
-        temporary.write_text(csv_text(history), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

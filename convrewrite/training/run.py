@@ -27,12 +27,23 @@ from convrewrite.store import check_target, load, save
 from convrewrite.training import checkpoints
 from convrewrite.training.groups import kinds_of
 from convrewrite.training.heads import outputs_of
-from convrewrite.training.history import SUMMARY, Row, csv_text, write_csv, write_curves
+from convrewrite.training.history import SUMMARY, Row, csv_text, write_csv, write_curves, write_whole
 from convrewrite.training.loop import Loop, Task, score_of
 from convrewrite.training.settings import Purpose, Settings, settings_from
-from convrewrite.training.solving import LEAST, is_solved, mark_solved, solve_blends, untouched
+from convrewrite.training.solving import (
+    LEAST,
+    Beginnings,
+    beginnings,
+    is_solved,
+    mark_solved,
+    solve_blends,
+    untouched,
+)
 from convrewrite.training.student import apart_of, pairs_of, teacher_of
 from convrewrite.training.timetable import timetable
+
+BEGUN = "blocks.json"
+"""In a run's own folder: how its blocks began, for `SUMMARY` when it ends, which a resumed run cannot know."""
 
 _NEEDED = ("accelerate", "tensorboard", "matplotlib")
 
@@ -67,6 +78,7 @@ class _Request:
     download: bool
     watch: Callable[[Row], None] | None
     bar: bool
+    say: Callable[[str], None] | None = None
     original: bool = False
 
     @property
@@ -88,6 +100,7 @@ def finetune(
     download: bool = False,
     watch: Callable[[Row], None] | None = None,
     bar: bool = False,
+    say: Callable[[str], None] | None = None,
     original: bool = False,
     **settings: Any,
 ) -> Trained:
@@ -103,6 +116,7 @@ def finetune(
         resume: go on with the run whose checkpoint lies there.
         overwrite: replace a result and a run that lie there. download: let torchvision download data.
         watch: called with every row of the log. bar: progress on standard error.
+        say: called with lines on how the blocks beside convolutions begin: solved and how well, or untrained and why.
         original: train what the model was rewritten from instead, from the same weights and with the same settings: the
             control to compare with. It is `teacher` if given, else taken out of the model, which must still hold it.
         settings: fields of `convrewrite.training.settings.Settings`.
@@ -113,7 +127,7 @@ def finetune(
     chosen, place = _as_launched(settings_from(settings)), None if out is None else Path(out)
     flags = {"resume": resume, "overwrite": overwrite, "download": download}
     asked = _Request(
-        "finetune", model, data, val, teacher, teacher_weights, place, chosen, **flags, watch=watch, bar=bar
+        "finetune", model, data, val, teacher, teacher_weights, place, chosen, **flags, watch=watch, bar=bar, say=say
     )
     return _run(replace(asked, original=original))
 
@@ -131,6 +145,7 @@ def distill(
     download: bool = False,
     watch: Callable[[Row], None] | None = None,
     bar: bool = False,
+    say: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> Trained:
     """Train a rewritten model to give the original's outputs; labels are not needed, and not trained on.
@@ -140,9 +155,10 @@ def distill(
     """
     chosen, place = _as_launched(settings_from(settings)), None if out is None else Path(out)
     flags = {"resume": resume, "overwrite": overwrite, "download": download}
-    return _run(
-        _Request("distill", model, data, val, teacher, teacher_weights, place, chosen, **flags, watch=watch, bar=bar)
+    asked = _Request(
+        "distill", model, data, val, teacher, teacher_weights, place, chosen, **flags, watch=watch, bar=bar, say=say
     )
+    return _run(asked)
 
 
 def _run(request: _Request) -> Trained:
@@ -166,7 +182,7 @@ def _run(request: _Request) -> Trained:
     pairs = {} if teacher is None else pairs_of(model, teacher)
     per_epoch = len(train) // (settings.batch_size * accelerator.num_processes)
     run = _identity_of_run(request, model, teacher, images, accelerator.num_processes)
-    _solve(request, model, images, form)
+    begun = _solve(request, model, images, form)
     apart = apart_of(model, pairs)
     if all(kind == "carried" for kind in kinds_of(model).values()):
         settings = settings.model_copy(update={"new_first": 0.0})  # nothing is new
@@ -175,7 +191,12 @@ def _run(request: _Request) -> Trained:
         _make(folder, begin=not request.resume)
         checkpoints.clear_leftovers(folder)
         checkpoints.clear_leftovers(folder.parent, request.out.name if request.out is not None else "")
+        if not request.resume:
+            write_whole(json.dumps(None if begun is None else begun.to_data(), indent=1) + "\n", folder / BEGUN)
     accelerator.wait_for_everyone()
+    if begun is not None and request.say is not None and accelerator.is_main_process:
+        for line in begun.lines(table.taken_over):
+            request.say(line)
     task = Task(
         purpose=request.purpose,
         settings=settings,
@@ -269,18 +290,24 @@ def _given_teacher(teacher: nn.Module | str, weights: str | None) -> nn.Module:
     return resolve(teacher, weights=weights).model
 
 
-def _solve(request: _Request, model: nn.Module, images: Images, form: Form) -> None:
-    """Solve the blocks beside their convolutions, unless they were trained or solved before, or images are few."""
-    settings, note = request.settings, provenance.of(model)
-    if not settings.solve or not settings.anneal or note is None or note.since.steps or len(images.train) < LEAST:
-        return
-    if any(not untouched(blend) or is_solved(blend) for blend in blends_of(model).values()):
-        return
+def _solve(request: _Request, model: nn.Module, images: Images, form: Form) -> Beginnings | None:
+    """Solve the blocks beside their convolutions, unless images are few; None if they were trained or solved before."""
+    settings, note, blends = request.settings, provenance.of(model), blends_of(model)
+    if not blends or not settings.anneal or note is None or note.since.steps:
+        return None
+    if any(not untouched(blend) or is_solved(blend) for blend in blends.values()):
+        return None
+    few = len(images.train) < LEAST
     if request.resume:
-        mark_solved(model)  # a checkpoint will bring the values
-        return
+        if settings.solve and not few:
+            mark_solved(model)  # a checkpoint will bring the values
+        return None
+    if not settings.solve or few:
+        reason = f"{len(images.train)} images to train on, solving needs {LEAST}" if settings.solve else "--solve 0"
+        return beginnings(model, None, reason)
     plain = Prepared(images.train, transform_for(form, frozenset()), seed=settings.seed, name=images.name)
-    solve_blends(model, drawn(plain, settings.solve, settings.seed), seed=settings.seed)
+    found = solve_blends(model, drawn(plain, settings.solve, settings.seed), seed=settings.seed)
+    return beginnings(model, found, None)
 
 
 def _fit_outputs(request: _Request, model: nn.Module, images: Images, val: Prepared) -> tuple[int, nn.Module | None]:
@@ -410,7 +437,11 @@ def _write(request: _Request, model: nn.Module, history: tuple[Row, ...], folder
     measured = _measured(history)
     best = max(measured, key=lambda row: score_of(row, request.purpose))
     kept = best if request.settings.keep == "best" else measured[-1]
-    summary = json.dumps({"run": run, "steps": history[-1]["step"], "measured": measured, "kept": kept}, indent=1)
+    known = {"run": run, "steps": history[-1]["step"], "measured": measured, "kept": kept}
+    begun = folder / BEGUN
+    if begun.is_file() and (blocks := json.loads(begun.read_text(encoding="utf-8"))) is not None:
+        known["blocks"] = blocks
+    summary = json.dumps(known, indent=1)
     curves = (folder / "curves.png").read_bytes()
     extras: dict[str, Callable[[Path], object]] = {
         "history.csv": lambda path: path.write_text(csv_text(history), encoding="utf-8"),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import statistics
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +17,7 @@ from convrewrite.calibration.images import Images
 from convrewrite.editing import exchange
 from convrewrite.errors import ConvrewriteError
 from convrewrite.finalizing import blends_of
-from convrewrite.fits.base import can_fit
+from convrewrite.fits.base import can_fit, refuse_fit
 from convrewrite.plans import Edit
 from convrewrite.reports import Calibration
 from convrewrite.stands import stand_of
@@ -82,6 +85,67 @@ def solvable(model: nn.Module) -> list[Edit]:
         if edit.options.get("nmse") is None and can_fit(edit.block, edit.site.place(), blend.block.options):
             found.append(edit)
     return found
+
+
+@dataclass(frozen=True)
+class Beginnings:
+    """How the blocks that stand beside a convolution begin a run.
+
+    Attributes:
+        solved: of each solved block its NMSE (see `SiteFit`), measured on images held out. images: solved on.
+        fresh: of each block that is not solved, why.
+    """
+
+    solved: dict[str, float]
+    images: int
+    fresh: dict[str, str]
+
+    def lines(self, until: int | None) -> list[str]:
+        """For the user; `until` is the step at which the blocks have taken over."""
+        found = []
+        if self.solved:
+            worst = max(self.solved, key=self.solved.__getitem__)
+            found.append(
+                f"solved {_blocks(len(self.solved))} from the convolution beside, on {self.images} images: lost is "
+                f"{statistics.median(self.solved.values()):.2g} of the output's variance in the median, "
+                f"{self.solved[worst]:.2g} at most ({worst})"
+            )
+        for why in dict.fromkeys(self.fresh.values()):
+            paths = [path for path, reason in self.fresh.items() if reason == why]
+            shown = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
+            end = "" if until is None else f"; once the convolution is gone (step {until}) it shows what they learned"
+            found.append(f"untrained: {_blocks(len(paths))}, {shown} ({why}){end}")
+        return found
+
+    def to_data(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"solved": self.solved, "images": self.images, "untrained": self.fresh}
+
+
+def _blocks(count: int) -> str:
+    return "1 block" if count == 1 else f"{count} blocks"
+
+
+def beginnings(model: nn.Module, found: Calibration | None, reason: str | None) -> Beginnings:
+    """After `solve_blends` returned `found`, or was not called for `reason`."""
+    note = provenance.of(model)
+    assert note is not None
+    by_id = {edit.id: edit for edit in note.plan.edits}
+    sites = found.sites if found is not None else ()
+    solved = {by_id[site.edit].path: site.error for site in sites}
+    fresh = {}
+    for path, blend in blends_of(getattr(model, "_orig_mod", model)).items():
+        if path in solved:
+            continue
+        stand = stand_of(blend)
+        edit = by_id.get(stand.edit) if stand is not None else None
+        impossible = "whole blocks cannot be solved"
+        if edit is not None and isinstance(blend.conv, nn.Conv2d):
+            impossible = refuse_fit(edit.block, edit.site.place(), blend.block.options) or ""
+            impossible = f"{edit.block}: {impossible}" if impossible else ""
+        fresh[path] = impossible or reason or "not solved"
+    measured = {path: error for path, error in solved.items() if error is not None}
+    return Beginnings(measured, found.images if found is not None else 0, fresh)
 
 
 def untouched(blend: Blend) -> bool:

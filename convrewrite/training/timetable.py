@@ -36,6 +36,11 @@ class Timetable:
             return (step + 1) / (self.warmup + 1)
         return (1 + math.cos(math.pi * (step - self.warmup) / max(self.total - self.warmup, 1))) / 2
 
+    @property
+    def taken_over(self) -> int | None:
+        """Finished steps at which the blocks have taken over from their convolutions; None if they do not."""
+        return None if self.fade is None else self.blocks_end + self.fade
+
     def measures(self, step: int) -> bool:
         """Whether to measure after `step` finished steps."""
         return step == self.total or step % self.per_epoch == 0

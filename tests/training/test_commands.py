@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -49,6 +50,9 @@ def test_a_command_trains_says_what_it_measured_and_writes_a_folder(command: str
     assert "accuracy" in lines[0]
     assert ("agreement" in lines[0]) == (command == "distill")
     assert lines[-1].endswith("anneal 1.00")
+    assert "untrained: 4 blocks, " in done.stderr
+    assert "(16 images to train on, solving needs 64); once the convolution is gone (step 2)" in done.stderr
+    assert len(json.loads((out / "training.json").read_text())["blocks"]["untrained"]) == 4
     assert f"wrote {out}" in done.stderr
     assert blends_of(cr.load(out)) == {}
     again = run(command, place / "start", "--data", data, "--out", out, *QUICK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,34 @@ def test_training_solves_first_unless_told_not_to(purpose: object) -> None:
         wanted = start(x)
         near, far, few = (float((m(x) - wanted).square().mean()) for m in models)
     assert near < 0.2 * min(far, few)
+
+
+def said(start: nn.Module, count: int, **settings: object) -> list[str]:
+    lines: list[str] = []
+    cr.finetune(start, images(count), steps=2, say=lines.append, **{**QUICK, **settings})  # type: ignore[arg-type]
+    return lines
+
+
+def test_a_run_says_how_its_blocks_begin() -> None:
+    (line,) = said(settled(), 200, solve=128)
+    found = re.fullmatch(
+        r"solved 4 blocks from the convolution beside, on 103 images: lost is (\S+) of the output's variance in the "
+        r"median, (\S+) at most \(layer\d\.\d\.conv2\)",
+        line,
+    )
+    assert found, line
+    assert 0 < float(found[1]) <= float(found[2]) < 1
+    (line,) = said(settled(), 60)
+    assert line.startswith(
+        "untrained: 4 blocks, layer1.0.conv2, layer1.1.conv2, layer2.0.conv2, ... (48 images to train on, "
+    )
+    assert line.endswith("solving needs 64); once the convolution is gone (step 1) it shows what they learned")
+    (line,) = said(settled(), 60, solve=0)
+    assert " (--solve 0); " in line
+    (line,) = said(of("mhsa"), 200)
+    assert " (mhsa: it cannot be solved from a convolution); " in line
+    assert said(of("sasa_wide"), 200) == []
+    assert said(settled(), 200, anneal=0.0) == []
 
 
 def test_what_was_trained_already_is_not_solved_again() -> None:
