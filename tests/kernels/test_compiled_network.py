@@ -67,7 +67,7 @@ class ByBatch(nn.Module):
         return x + len([None for _ in range(x.shape[0])])
 
 
-def test_a_model_that_compiles_again_for_every_batch_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 10**6)  # as another test may leave it
-    with pytest.raises(Exception, match="recompile"):
+def test_a_model_that_compiles_again_for_every_batch_is_an_error() -> None:
+    as_left_by_another = torch._dynamo.config.patch(recompile_limit=10**6)
+    with as_left_by_another, pytest.raises(Exception, match="recompile"):
         compiled(ByBatch(), Graphs(), *range(2, LIMIT + 6))
