@@ -176,12 +176,23 @@ class _WeightedSum(torch.autograd.Function):
                 y.addcmul_(padded[..., rows, columns], weights[:, :, tap, None])
             return y
         lines = _Lines.of(values, side, dilation)
+        buffers = [y.new_zeros(size) for size in lines.buffers(values)]
+        taps, flat = list(lines.taps(values)), y.flatten(0, 1)
+        count = -1
         for part in lines.parts(values):
-            source, by = lines.padded(values, part), lines.pixels(weights, part)
-            total = y.new_zeros(*source.shape[:2], lines.length)
-            for tap, begin in lines.taps(values):
-                total.addcmul_(source[..., begin : begin + lines.length], by[:, tap, None])
-            y.flatten(0, 1)[part] = lines.cut(total)
+            maps, pixels = values.flatten(0, 1)[part], weights.flatten(0, 1)[part]
+            if maps.shape[0] != count:  # the first part, and the last if it is smaller
+                count = maps.shape[0]
+                source, by, total = (buffer[:count] for buffer in buffers)
+                of_taps = by[:, :, None].unbind(1)
+                terms = [(source[..., begin : begin + lines.length], of_taps[tap]) for tap, begin in taps]
+                inner, weighted, cut = lines.inner(source), lines.cut(by), lines.cut(total)
+            inner.copy_(maps)
+            weighted.copy_(pixels)
+            torch.mul(*terms[0], out=total)
+            for shifted, factor in terms[1:]:
+                total.addcmul_(shifted, factor)
+            flat[part] = cut
         return y
 
     @staticmethod
@@ -264,9 +275,22 @@ class _Lines:
         for begin in range(0, count, step):
             yield slice(begin, begin + step)
 
+    @property
+    def rest(self) -> int:
+        """Rows of zeros below those that an offset can reach: the last offsets go on beyond the last row."""
+        return 1 if self.reach[1] else 0
+
+    def buffers(self, values: Tensor) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the padded lines, the weights and the result of a part: zeros are written once for all parts."""
+        part = next(self.parts(values), slice(0))
+        count, padded = min(part.stop, values.shape[0] * values.shape[1]), self.size[0] + 2 * self.reach[0] + self.rest
+        channels = values.shape[2]
+        lines = ((channels, padded * self.width), (self.side**2, self.length), (channels, self.length))
+        return tuple((count, *line) for line in lines)
+
     def padded(self, values: Tensor, part: slice) -> Tensor:
         """Lines with zeros all around, (heads, d, more than length)."""
-        (down, right), rest = self.reach, 1 if self.reach[1] else 0  # the last offsets reach beyond the last row
+        (down, right), rest = self.reach, self.rest
         return F.pad(values.flatten(0, 1)[part], (right, right, down, down + rest)).flatten(-2)
 
     def pixels(self, x: Tensor, part: slice) -> Tensor:
