@@ -18,6 +18,12 @@ from convrewrite.sites import ConvSpec, Cost, Place
 
 FLOAT_BYTES = 4
 
+PIECE_ELEMENTS = 2**19
+"""Elements of q, k and v that the convolution path reorders at once at inference: 2 MiB in float32."""
+
+Filters = tuple[Tensor, Tensor | None]
+"""(C, 3*N, kc, kc) and a bias (C,): the convolution path as one grouped convolution."""
+
 
 class ACmixOptions(BlockOptions):
     """Options of `ACmix`."""
@@ -127,9 +133,34 @@ class ACmix(Block):
         maps = x.is_contiguous() and reads_maps(self.backend, x, self.head_dim, dense=dense)
         qkv = self._project(F.pad(x, pads) if any(pads) else x, maps=maps)  # (B, H, W, 3, N, d)
         att = self._attention(qkv, rows, columns)
-        conv = self._convolution(qkv, rows, columns)
+        filters = self._filters()
+        if not maps and _goes_in_pieces(qkv):
+            return self._in_pieces(qkv, att, filters, rows, columns, channels_last=channels_last)
+        conv = self._convolution(qkv, filters, rows, columns)
         y = torch.addcmul(conv, self.rate1.to(conv.dtype), att.to(conv.dtype)).permute(0, 3, 1, 2)  # (B, C, Ho, Wo)
         return y if channels_last else y.contiguous()
+
+    def _in_pieces(
+        self, qkv: Tensor, att: Tensor, filters: Filters, y: Axis, x: Axis, *, channels_last: bool
+    ) -> Tensor:
+        """The output, (B, C, Ho, Wo), a few images at a time.
+
+        The convolution path reads a copy of q, k, v in another order. In fresh memory that costs several times the
+        copying itself; a copy of few images is in memory that was just used, and in a processor's cache.
+        """
+        images, step = qkv.shape[0], _images(qkv[0].numel())
+        out: Tensor | None = None
+        for begin in range(0, images, step):
+            part = slice(begin, begin + step)
+            conv = self._convolution(qkv[part], filters, y, x)  # (b, Ho, Wo, C)
+            if out is None:
+                order = (0, 1, 2, 3) if channels_last else (0, 3, 1, 2)
+                out = conv.new_empty([images if axis == 0 else conv.shape[axis] for axis in order])
+                by_pixel = out if channels_last else out.permute(0, 2, 3, 1)
+            torch.addcmul(conv, self.rate1.to(conv.dtype), att[part].to(conv.dtype), out=by_pixel[part])
+            del conv  # before the next one is made
+        assert out is not None  # there are images
+        return out.permute(0, 3, 1, 2) if channels_last else out
 
     def _project(self, x: Tensor, *, maps: bool) -> Tensor:
         """x (B, C_in, H, W) -> q, k, v as (B, H, W, 3, N, d), all from one matrix product.
@@ -182,10 +213,10 @@ class ACmix(Block):
         row = torch.linspace(-1.0, 1.0, height, device=weight.device, dtype=dtype)[:, None, None, None]
         return column * weight[:, 0] + row * weight[:, 1] + bias
 
-    def _convolution(self, qkv: Tensor, y: Axis, x: Axis) -> Tensor:
+    def _convolution(self, qkv: Tensor, filters: Filters, y: Axis, x: Axis) -> Tensor:
         """rate2 times the convolution path, (B, Ho, Wo, C)."""
         heads, dim = self.options.heads, self.head_dim
-        weight, bias = self._filters()
+        weight, bias = filters
         # The layout of the weight decides that of the work: on CPU the grouped convolution's backward is faster
         # channels last (a fifth of the block's step at 64 x 56 x 56); its forward alone is not worth copying q, k, v.
         trains = torch.is_grad_enabled() and (qkv.requires_grad or weight.requires_grad)
@@ -204,7 +235,7 @@ class ACmix(Block):
             out = out.reshape(*out.shape[:3], dim, heads).transpose(3, 4).flatten(3)
         return out
 
-    def _filters(self) -> tuple[Tensor, Tensor | None]:
+    def _filters(self) -> Filters:
         """The convolution path as one grouped convolution of q, k, v: (C, 3*N, kc, kc), times rate2, and its bias."""
         weight = torch.einsum("otyx,ts->osyx", self.dep_conv.weight, self.fc.weight.flatten(1))
         rate: Tensor = self.rate2
@@ -242,7 +273,12 @@ class ACmix(Block):
         extra = batch * tiles * heads * tile_queries + tile_queries * tile_keys  # softmax sums and the mask
         gathered = queries * c_out * batch if (tiles, tile_keys) == (1, positions) else tiled
         attention = batch * positions * 4 * c_out + gathered + extra
-        convolution = batch * (positions * 6 + queries * 2) * c_out + 6 * heads * c_out * taps
+        an_image, piece = positions * 3 + queries, min(batch, _images(positions * 3 * c_out))
+        # A piece's q, k, v are there twice, and what comes of them; from the second piece on all images' output too.
+        in_pieces = max(
+            piece * an_image, min(piece, batch - piece) * an_image + (batch * queries if piece < batch else 0)
+        )
+        convolution = (batch * an_image + in_pieces) * c_out + 6 * heads * c_out * taps
         kept = batch * (positions * (c_in + 3 * c_out) + queries * c_out) + 6 * heads * c_out * taps
         return Cost(
             params=3 * (c_in + 1) * c_out + 3 * dim + 3 * heads * taps + c_out * taps**2 + rates,
@@ -250,6 +286,18 @@ class ACmix(Block):
             act_infer=FLOAT_BYTES * max(attention, convolution),
             act_train=FLOAT_BYTES * (kept + tiled + extra),
         )
+
+
+def _goes_in_pieces(qkv: Tensor) -> bool:
+    """Whether the convolution path goes a few images at a time: on CPU, where no graph is recorded."""
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    recorded = recorded or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return qkv.device.type == "cpu" and qkv.shape[0] > 0 and not recorded
+
+
+def _images(elements: int) -> int:
+    """Of q, k, v with so many elements an image: how many images go at once."""
+    return max(1, PIECE_ELEMENTS // elements)
 
 
 def in_groups(channels: Tensor, head_dim: int) -> Tensor:

@@ -187,6 +187,8 @@ COSTED = {
     "stride 2": place(32, 64, (29, 28), batch=2, stride=(2, 2)),
     "14 x 14": place(64, 128, (14, 14), batch=2),
     "no padding": place(64, 64, (30, 29), batch=2, padding=(0, 0, 0, 0)),
+    "batch 8, in pieces": place(64, 128, (14, 14), batch=8),
+    "batch 3, an image each": place(64, 256, (28, 28), batch=3),
 }
 
 
@@ -292,3 +294,22 @@ def test_equals_the_authors_code_from_its_own_state_dict(authors: ModuleType, si
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 8, size, size, dtype=torch.float64)
     torch.testing.assert_close(ours(x), theirs(x), **TOLERANCE[x.dtype])
+
+
+@pytest.mark.parametrize("options", [{}, {"layout": "ordered", "rates": "channel"}, {"window": 3, "kernel_conv": 5}])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_few_images_at_a_time_is_all_at_once(
+    options: dict[str, object], stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONVREWRITE_BACKEND", "aten")
+    monkeypatch.setattr("convrewrite.blocks.acmix.PIECE_ELEMENTS", 2 * 3 * 16 * 9 * 8)  # two images
+    block = ACmix(place(8, 16, (9, 8), batch=5, stride=(stride, stride)), ACmixOptions(**options)).double().eval()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(5, 8, 9, 8, dtype=torch.float64)
+    for image in (x, x.to(memory_format=torch.channels_last), x[:0]):
+        whole = block(image)
+        with torch.no_grad():
+            pieces = block(image)
+        torch.testing.assert_close(pieces, whole, rtol=1e-12, atol=1e-12)
+        assert pieces.stride() == whole.stride()
