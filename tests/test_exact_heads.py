@@ -79,18 +79,15 @@ def test_a_trained_efficientnet_as_attention_alone_sees_the_same() -> None:
     assert ESPRESSO in top[4]
 
 
-@pytest.mark.zoo
-@pytest.mark.filterwarnings("ignore")
-def test_a_trained_efficientnet_s_attention_learns_as_fast_as_fresh_attention() -> None:
-    """Gradients of the logits' parameters at step 0, on the real inputs of each depthwise convolution."""
-    images = photographs(224, mean=(0.5,) * 3, deviation=(0.5,) * 3)[:2]
-    model = efficientnet_lite0()
+def check_learns_as_fast_as_fresh(model: nn.Module, rules: str, images: Tensor, *parameters: str) -> None:
+    """Gradients of these parameters of every block at step 0, on the real inputs of its convolution."""
     inputs: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         module.register_forward_pre_hook(lambda _, args, path=path: inputs.__setitem__(path, args[0].detach()))
     with torch.no_grad():
         model(images)
-    plan = cr.plan(model, "sasa-exact", example=(1, 3, 224, 224))
+    plan = cr.plan(model, rules, example=(1, *images.shape[1:]))
+    assert plan.edits
     for edit in plan.edits:
         cls = BLOCKS.get(edit.block)
         norms: list[list[float]] = []
@@ -103,7 +100,19 @@ def test_a_trained_efficientnet_s_attention_learns_as_fast_as_fresh_attention() 
                 block.load_conv(conv)
             y = block(inputs[edit.path])
             (y * torch.randn_like(y)).mean().backward()
-            learned = block.get_parameter("offset_bias"), block.get_parameter("query.weight")
-            norms.append([float(p.grad.norm()) for p in learned if p.grad is not None])
+            learned = [block.get_parameter(name).grad for name in parameters]
+            norms.append([float(gradient.norm()) for gradient in learned if gradient is not None])
         for held, fresh in zip(*norms, strict=True):
             assert 1 / GRADIENT <= held / fresh <= GRADIENT, (edit.path, held, fresh)
+
+
+@pytest.mark.zoo
+@pytest.mark.filterwarnings("ignore")
+def test_a_trained_efficientnet_s_attention_learns_as_fast_as_fresh_attention() -> None:
+    images = photographs(224, mean=(0.5,) * 3, deviation=(0.5,) * 3)[:2]
+    check_learns_as_fast_as_fresh(efficientnet_lite0(), "sasa-exact", images, "offset_bias", "query.weight")
+
+
+def test_gated_positional_attention_learns_content_as_fast_as_fresh_attention() -> None:
+    images = photographs(128)
+    check_learns_as_fast_as_fresh(realistic("resnet18", images), "gpsa-late", images[:4], "qk.weight")
