@@ -1,4 +1,4 @@
-"""What the commands share: options, how errors end, progress, and writing files whole or not at all."""
+"""What the commands share: options, how errors end, progress, and where the output goes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from convrewrite.atomic import write_text
 from convrewrite.errors import ConvrewriteError
 
 if TYPE_CHECKING:
@@ -195,26 +196,6 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    target = Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, target)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise ConvrewriteError(f"cannot be written: {error.strerror or error}", where=str(path)) from None
 
 
 def put(text: str, out: str | None) -> None:

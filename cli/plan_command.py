@@ -14,9 +14,9 @@ from convrewrite.cli.common import (
     rule_options,
     settings_of,
     source_of,
-    write_text,
 )
 
+from convrewrite.atomic import write_text
 from convrewrite.errors import RuleError
 
 SOMETHING_TO_DO = 3

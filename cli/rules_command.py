@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from convrewrite.cli.common import clean_errors, input_option, put, write_text
+from convrewrite.cli.common import clean_errors, input_option, put
 
+from convrewrite.atomic import write_text
 from convrewrite.errors import ConvrewriteError
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Whole folders or nothing: a folder is filled beside its place and moved there in one step."""
+"""Whole folders and files or nothing: each is filled beside its place and moved there in one step."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from convrewrite.errors import StoreError
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -28,7 +30,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     place = Path(os.path.realpath(folder))  # a link keeps pointing where it did
     place.parent.mkdir(parents=True, exist_ok=True)
     _clear(place)
-    temporary = place.with_name(f".{place.name}.saving-{_host()}-{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = _beside(place)
     try:
         temporary.mkdir()  # not mkdtemp: a saved model is as readable as any other file of the user
         yield temporary
@@ -39,6 +41,34 @@ def new_folder(folder: Path) -> Iterator[Path]:
         _sync(place.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # half written, or the old folder after the exchange
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file and the folders that it lies in; until it is complete and on disk, what stood there stands.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    place = Path(os.path.realpath(path))
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _clear(place)
+        temporary = _beside(place)
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, place)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise StoreError(f"cannot write: {error.strerror or error}", where=str(path)) from error
+
+
+def _beside(place: Path) -> Path:
+    """A name of this process's own, by which `_clear` finds what it leaves behind if it is killed."""
+    return place.with_name(f".{place.name}.saving-{_host()}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def _clear(place: Path) -> None:
@@ -52,7 +82,7 @@ def _clear(place: Path) -> None:
             try:
                 os.kill(int(process), 0)
             except ProcessLookupError:
-                shutil.rmtree(path, ignore_errors=True)
+                path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
             except OSError:
                 continue  # another user's, and alive
 

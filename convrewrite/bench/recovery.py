@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -13,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from convrewrite.atomic import write_text
 from convrewrite.bench.fits import mnist
 from convrewrite.bench.recovery_setting import ENTRIES, Entry, Run, Study
 from convrewrite.bench.recovery_training import Digits, begun, trained, trained_original
-from convrewrite.errors import ConvrewriteError, StoreError
+from convrewrite.errors import ConvrewriteError
 
 
 def runs(entries: tuple[Entry, ...], seeds: int) -> Iterator[Run]:
@@ -106,13 +106,7 @@ def write(rows: Path, setting: Study, entries: tuple[Entry, ...], found: list[di
     if rows.is_file():
         blocks = {**json.loads(rows.read_text("utf-8").splitlines()[0])["blocks"], **blocks}
     lines = [json.dumps(item) for item in ({"study": asdict(setting), "blocks": blocks}, *found)]
-    temporary = rows.with_name(f".{rows.name}.saving-{os.getpid()}")
-    try:
-        rows.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        os.replace(temporary, rows)
-    except OSError as error:
-        raise StoreError(f"cannot write: {error.strerror or error}", where=str(rows)) from error
+    write_text(rows, "\n".join(lines) + "\n")
 
 
 def _plain(entry: Entry) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from convrewrite.atomic import write_text
 from convrewrite.errors import StoreError
 
 COLUMNS = (
@@ -41,18 +41,7 @@ def measured_in(folder: str) -> dict[str, float]:
 
 def write_csv(history: Sequence[Row], path: Path) -> None:
     """Write the rows, whole or not at all."""
-    write_whole(csv_text(history), path)
-
-
-def write_whole(text: str, path: Path) -> None:
-    """Write a file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.saving-{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StoreError(f"cannot write: {error.strerror or error}", where=str(path)) from error
+    write_text(path, csv_text(history))
 
 
 class Board:

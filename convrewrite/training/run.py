@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from convrewrite import provenance
+from convrewrite.atomic import write_text
 from convrewrite.data import DataError, Images, open_images
 from convrewrite.data.batches import Prepared, check_enough, drawn, measured
 from convrewrite.data.transforms import Form, augmentations, form_of, transform_for
@@ -27,7 +28,7 @@ from convrewrite.store import check_target, load, save
 from convrewrite.training import checkpoints
 from convrewrite.training.groups import kinds_of
 from convrewrite.training.heads import outputs_of
-from convrewrite.training.history import SUMMARY, Row, csv_text, write_csv, write_curves, write_whole
+from convrewrite.training.history import SUMMARY, Row, csv_text, write_csv, write_curves
 from convrewrite.training.loop import Loop, Task, score_of
 from convrewrite.training.settings import Purpose, Settings, settings_from
 from convrewrite.training.solving import (
@@ -192,7 +193,7 @@ def _run(request: _Request) -> Trained:
         checkpoints.clear_leftovers(folder)
         checkpoints.clear_leftovers(folder.parent, request.out.name if request.out is not None else "")
         if not request.resume:
-            write_whole(json.dumps(None if begun is None else begun.to_data(), indent=1) + "\n", folder / BEGUN)
+            write_text(folder / BEGUN, json.dumps(None if begun is None else begun.to_data(), indent=1) + "\n")
     accelerator.wait_for_everyone()
     if begun is not None and request.say is not None and accelerator.is_main_process:
         for line in begun.lines(table.taken_over):
